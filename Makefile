@@ -1,0 +1,84 @@
+# Every target sets itself up first: it needs Python >= 3.10 and make, nothing else.
+PYTHON    ?= python3#   interpreter that creates .venv
+VENV      ?= .venv#     an existing environment with torch may be named instead: its torch is kept
+INDEX_URL ?=#           where torch comes from, e.g. https://download.pytorch.org/whl/cpu (no CUDA libraries)
+JOBS      ?= 2#         test processes, one torch thread each
+STAGE     ?= all#       make teachers STAGE=classifier|vae|text|dit
+ARGS      ?=#           passed on to pytest
+OWN       := $(if $(filter .venv,$(strip $(VENV))),yes)
+VENV      := $(strip $(VENV))
+PY        := $(VENV)/bin/python
+READY     := $(VENV)/.fewstep_ready
+PYTEST    := $(PY) -m pytest -q -n $(strip $(JOBS)) --dist worksteal
+OFFLINE   := not gpu and not network
+MARKS     ?= $(OFFLINE)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup clock demo test test-all test-gpu check format smoke golden bench teachers clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+demo: setup  ## distil the embedded teacher, evaluate it, draw a grid (about 15 minutes on 2 cores)
+	$(PY) -m eval.demo
+test: setup  ## the default tests: CPU, offline
+	$(PYTEST) $(ARGS)
+test-all: setup  ## the slow ones too
+	$(PYTEST) -m "$(MARKS)" $(ARGS)
+test-gpu: setup  ## what needs a CUDA device
+	$(PY) -m pytest -q -m gpu $(ARGS)
+check: setup  ## formatting, lint, types, import rules
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pytest -q tests/test_imports.py -k rules
+format: setup  ## let ruff format and fix
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+smoke: setup  ## a toy distillation through the command line
+	$(PY) -m fewstep.cli distill --teacher mixture --method dmd2 --iterations 20 --out runs/smoke --overwrite
+golden: setup  ## record the golden trajectories again: make golden REASON="..."
+	@test -n "$(REASON)" || { echo 'say why: make golden REASON="..."'; exit 2; }
+	$(PY) -m tests.golden.record --reason "$(REASON)"
+bench: setup  ## time the operators
+	$(PY) -m eval.bench_ops
+teachers: setup  ## train the embedded teacher again, or one STAGE of it
+	$(PY) -m fewstep.teachers.fashion_build --stage $(strip $(STAGE))
+clean:  ## caches and packaging left-overs; .venv, runs/ and the teachers' build/ stay
+	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find fewstep fewstep_cuda tests eval -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- set-up: one stamp per environment; it names the checkout that is installed there -----------------------------
+setup: $(READY)
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+clock:  # the demo reports these seconds; they stay 0 when there was nothing to install
+	@if test -d $(VENV); then echo 0 > $(VENV)/.install_seconds; fi
+
+$(READY): pyproject.toml setup.py constraints.txt | clock
+	@set -e; start=$$(date +%s); \
+	$(if $(OWN),test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$$NO_VENV"; exit 1; };) \
+	test -x $(PY) || { echo "VENV=$(VENV): there is no bin/python in it"; exit 1; }; \
+	$(PY) -m pip --version >/dev/null || { echo "$(VENV) has no pip: $(PY) -m ensurepip, or VENV=another"; exit 1; }; \
+	pins=$$(mktemp); $(PY) -c "$$PINS" $(OWN) > $$pins; \
+	$(if $(strip $(INDEX_URL)),$(PY) -m pip install --no-deps --index-url $(INDEX_URL) -c $$pins torch;) \
+	$(PY) -m pip install -c $$pins -e '.[dev]'; rm $$pins; \
+	echo $$(($$(date +%s) - start)) > $(VENV)/.install_seconds
+	@echo "$(CURDIR)" > $@
+
+define NO_VENV
+Could not create .venv: $(PYTHON) is missing, or it has no venv and ensurepip modules.
+  Debian, Ubuntu:    apt install python3-venv
+  another Python:    make PYTHON=python3.12 ...
+  an environment:    make VENV=path/to/environment ...   (one that has pip, e.g. from virtualenv or conda)
+endef
+
+# The pins of constraints.txt; in a borrowed environment only for what is not yet installed there, and its own torch.
+define PINS
+import sys, importlib.metadata as m
+have = set() if "yes" in sys.argv else {d.name.lower().replace("_", "-") for d in m.distributions()}
+print(*[line for line in open("constraints.txt") if line.split("==")[0] not in have], sep="")
+if "torch" in have: print("torch==" + m.version("torch"))
+endef
+export NO_VENV PINS

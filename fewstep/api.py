@@ -1,0 +1,118 @@
+"""The Python way in: load a teacher, distil it, load and sample the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+import fewstep.objectives.dmd2  # noqa: F401 - registers the methods
+from fewstep.config import RunConfig, resolve
+from fewstep.models.trio import Trio
+from fewstep.sampling import Student
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.pipelines import load_teacher
+from fewstep.training import checkpoint
+from fewstep.training.launch import CONFIG, prepare
+from fewstep.training.trainer import Progress
+
+__all__ = ["Run", "distill", "load_student", "load_teacher", "run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished distillation: its folder, configuration, teacher, student (best checkpoint) and counts."""
+
+    out: Path
+    config: RunConfig
+    teacher: Teacher
+    student: Student
+    progress: Progress
+
+
+def distill(
+    teacher: Teacher | str,
+    method: str = "dmd2",
+    *,
+    num_steps: int | None = None,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    train: Mapping[str, Any] | None = None,
+    prompts: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **method_options: Any,
+) -> Run:
+    """Distil a teacher into a few-step student and return the finished run.
+
+    What is not given comes from the packaged recipe of this teacher and method, else from the defaults.
+    out: the run folder, by default runs/<teacher>-<method>.  train: further training settings, nested as in the
+    configuration file.  method_options: fields of the method.  Raises ValueError or LookupError for bad values,
+    Interrupted or Diverged if the run stops early.
+    """
+    name = teacher if isinstance(teacher, str) else teacher.card.name
+    options = {} if isinstance(teacher, str) else teacher.options
+    counts = {"iterations": iterations, "batch_size": batch_size, "seed": seed}
+    given = {
+        "teacher": {"name": name, **options},
+        "method": {"name": method, **({} if num_steps is None else {"num_steps": num_steps}), **method_options},
+        "train": {**{k: v for k, v in counts.items() if v is not None}, **(train or {})},
+        **({"prompts": prompts} if prompts is not None else {}),
+    }
+    folder = Path(out) if out is not None else default_out(name, method)
+    bundle = teacher if isinstance(teacher, Teacher) else None
+    return run(resolve(given=given), folder, teacher=bundle, resume=resume, overwrite=overwrite)
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    teacher: Teacher | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Run a resolved configuration.  teacher: an already loaded one, else it is loaded by the configuration's name."""
+
+    def load() -> Teacher:
+        return teacher if teacher is not None else load_teacher(config.teacher, **config.teacher_options)
+
+    trainer, loaded = prepare(config, out, load, resume=resume, overwrite=overwrite, console=console)
+    progress = trainer.run()
+    return Run(out, config, loaded, load_student(out, teacher=loaded), progress)
+
+
+def load_student(
+    folder: str | Path, *, which: Literal["best", "last"] = "best", teacher: Teacher | None = None
+) -> Student:
+    """The student of a run folder: its averaged weights at the best (by the running figure) or last checkpoint.
+
+    Raises FileNotFoundError if there is no run or no valid checkpoint, ValueError if the wanted one is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"no run at {folder}: {CONFIG} is missing")
+    config = resolve(config=folder / CONFIG)
+    newest = checkpoint.newest_valid(folder)
+    if newest is None:
+        raise FileNotFoundError(f"no valid checkpoint in {folder / 'checkpoints'}")
+    saved = checkpoint.read(newest)
+    best = saved.state["progress"]["best"]
+    if which == "best" and best is not None:
+        chosen = checkpoint.folder_of(folder, int(best["iteration"]))
+        saved = checkpoint.read(chosen) if chosen.is_dir() else saved
+    teacher = teacher or load_teacher(config.teacher, **config.teacher_options)
+    denoiser = Trio.build(teacher.denoiser, frozenset(), init=teacher.student).generator
+    denoiser.backbone.module.load_state_dict(dict(saved.tensors["ema"]))
+    return Student(denoiser.eval().requires_grad_(False), teacher, config.objective.sampler)
+
+
+def default_out(teacher: str, method: str) -> Path:
+    """Where a run goes if the user names no folder."""
+    return Path("runs") / f"{Path(teacher).name}-{method}"

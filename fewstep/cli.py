@@ -1,0 +1,271 @@
+"""The command line: parse, resolve, call one function.
+
+This module imports neither torch nor anything that does, so that --help and wrong flags answer at once; names and
+fields for `list` come from index.json, which a test compares with the registries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="fewstep",
+    help="Turn a slow diffusion model into a 1-8 step generator.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+output = Console()
+
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as method.guidance=2. Repeatable.")
+]
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Python file that registers methods or teachers. Repeatable."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Which = Annotated[str, typer.Option(help="Checkpoint: best (by the running figure) or last.")]
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str | None, typer.Option(help="Registered name, local diffusers folder or hub id.")] = None,
+    method: Annotated[str | None, typer.Option(help="Distillation method; see `fewstep list methods`.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe, or a run's config.yaml; by default the packaged recipe.")
+    ] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Sampling steps of the student.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Trainer iterations.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Global batch of one optimiser step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of generator and critic.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line; by default the teacher's prompts.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    sharing: Annotated[str | None, typer.Option(help="How the trio holds its weights: copies.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/TEACHER-METHOD.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
+    sets: Sets = None,
+    plugin: Plugin = None,
+) -> None:
+    """Distil a teacher into a few-step student."""
+    with border():
+        load_plugins(plugin)
+        from fewstep import api
+        from fewstep.config import resolve
+        from fewstep.training.launch import prepare
+        from fewstep.training.trainer import Diverged, Interrupted
+
+        rate = {} if lr is None else {"lr": lr}
+        given = {
+            "teacher": _given(name=teacher),
+            "method": _given(name=method, num_steps=num_steps),
+            "train": _given(
+                iterations=iterations,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                precision=precision,
+                sharing=sharing,
+                generator=rate or None,
+                critic=rate or None,
+            ),
+            **_given(prompts=str(prompts) if prompts else None),
+        }
+        resolved = resolve(config=config, given=given, sets=sets or ())
+        folder = out or api.default_out(resolved.teacher, resolved.method)
+        say(
+            f"recipe {resolved.recipe}"
+            if resolved.recipe
+            else "no recipe for this teacher and method: running on untuned defaults"
+        )
+
+        def load() -> Any:
+            return api.load_teacher(resolved.teacher, **resolved.teacher_options)
+
+        trainer, _ = prepare(resolved, folder, load, resume=resume, overwrite=overwrite, console=console)
+    try:
+        trainer.run()
+    except Interrupted as stop:
+        say(str(stop))
+        raise typer.Exit(128 + stop.signum) from None
+    except Diverged as stop:
+        say(f"error: {stop}")
+        raise typer.Exit(1) from None
+    say(f"done: {folder}. Next: fewstep eval {folder}, fewstep sample {folder}, fewstep export {folder} --to FOLDER")
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    n: Annotated[int, typer.Option(help="Number of images.")] = 16,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. By default the teacher's.")] = None,
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
+    num_steps: Annotated[int | None, typer.Option(help="Sampling steps; by default those trained for.")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG to write; by default RUN/samples.png.")] = None,
+    which: Which = "best",
+    plugin: Plugin = None,
+) -> None:
+    """Make images with the student of a run and write them as one PNG."""
+    with border():
+        load_plugins(plugin)
+        from fewstep import pictures
+        from fewstep.api import load_student
+
+        images = load_student(run, which=_which(which)).sample(n, prompt or None, seed, num_steps)
+        path = pictures.save(pictures.panel(images, columns=min(n, 8), scale=4), out or run / "samples.png")
+    output.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    n: Annotated[int, typer.Option(help="Samples behind each figure.")] = 10_000,
+    seed: Annotated[
+        int, typer.Option(help="First sampling seed; none was used in training or to choose a checkpoint.")
+    ] = 50_000_000,
+    which: Which = "best",
+    recompute_teacher: Annotated[
+        bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
+    ] = False,
+    plugin: Plugin = None,
+) -> None:
+    """Measure teacher, untrained student and student; write eval.md, eval.csv and eval.json into the run folder."""
+    with border():
+        load_plugins(plugin)
+        from fewstep.evaluation import evaluate_run
+
+        table = evaluate_run(
+            run, n=n, seed=seed, which=_which(which), recompute_teacher=recompute_teacher, console=console
+        )
+    output.print(table, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    which: Which = "best",
+    plugin: Plugin = None,
+) -> None:
+    """Write the student as a diffusers pipeline folder with its few-step scheduler and a model card."""
+    with border():
+        load_plugins(plugin)
+        from fewstep.export import export_run
+
+        path = export_run(run, to, which=_which(which))
+    output.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def show(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="teachers|methods|runs|NAME", help="What to list, or a method's name for its settings."),
+    ] = "methods",
+    runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+) -> None:
+    """List teachers, methods or runs; with a method's name, its settings, defaults and their sources."""
+    index = json.loads((Path(__file__).parent / "index.json").read_text(encoding="utf-8"))
+    methods = index["methods"]
+    name = what.replace("-", "_")
+    if what == "teachers":
+        output.print(_table("teacher", "what it is", rows=list(index["teachers"].items())))
+    elif what == "methods":
+        output.print(_table("method", "what it is", rows=[(k, v["summary"]) for k, v in methods.items()]))
+    elif what == "runs":
+        output.print(_table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs))))
+    elif name in methods:
+        fields = [(f["name"], f["type"], f["default"], f["note"]) for f in methods[name]["fields"]]
+        output.print(_table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields))
+    else:
+        fail(f"nothing called {what!r} to list; allowed: teachers, methods, runs, {', '.join(methods)}")
+
+
+def main() -> None:
+    """Entry point of the `fewstep` command."""
+    app()
+
+
+@contextmanager
+def border() -> Iterator[None]:
+    """Where users' mistakes end: one clear message and exit code 2, no traceback (FEWSTEP_TRACEBACK=1 shows it)."""
+    try:
+        yield
+    except (ValueError, LookupError, OSError) as error:
+        if os.environ.get("FEWSTEP_TRACEBACK"):
+            raise
+        fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+
+
+def fail(message: str) -> None:
+    """Print one message and exit with code 2."""
+    say(f"error: {message}")
+    raise typer.Exit(2)
+
+
+def say(message: str) -> None:
+    """One line to the person at the keyboard (standard error; results go to standard output)."""
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def load_plugins(paths: list[Path] | None) -> None:
+    """Import the files named with --plugin."""
+    from fewstep.registry import load_plugin
+
+    for path in paths or ():
+        load_plugin(path)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _which(value: str) -> Any:
+    if value not in ("best", "last"):
+        raise ValueError(f"--which {value!r} is not known; allowed: best, last")
+    return value
+
+
+def _table(*columns: str, rows: list[Any]) -> Table:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def _runs(root: Path) -> Iterator[tuple[str, ...]]:
+    import yaml
+
+    for path in sorted(root.glob("*/config.yaml")):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        saved = sorted(path.parent.glob("checkpoints/*/state.json"))
+        best = json.loads(saved[-1].read_text())["progress"]["best"] if saved else None
+        done = saved[-1].parent.name.lstrip("0") if saved else "0"
+        found = f"{best['rank']:.4g} at {best['iteration']}" if best else "-"
+        yield (
+            str(path.parent),
+            config["teacher"]["name"],
+            config["method"]["name"],
+            f"{done}/{config['train']['iterations']}",
+            found,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The mathematics of diffusion, usable alone: schedules, predictions, laws of time, guidance and samplers."""
+
+from fewstep.diffusion.guidance import guided
+from fewstep.diffusion.prediction import Denoise, Prediction, raw_of
+from fewstep.diffusion.samplers import State, few_step, ode, student_grid, time_grid, trajectory
+from fewstep.diffusion.schedules import EDM, Coefficients, NoiseSchedule, RectifiedFlow, TrigFlow, VPTable, like, match
+from fewstep.diffusion.times import (
+    DiscreteUniform,
+    Interval,
+    Law,
+    LogitNormal,
+    LogNormalSigma,
+    Shifted,
+    Uniform,
+    shift_time,
+)
+
+__all__ = [
+    "EDM",
+    "Coefficients",
+    "Denoise",
+    "DiscreteUniform",
+    "Interval",
+    "Law",
+    "LogNormalSigma",
+    "LogitNormal",
+    "NoiseSchedule",
+    "Prediction",
+    "RectifiedFlow",
+    "Shifted",
+    "State",
+    "TrigFlow",
+    "Uniform",
+    "VPTable",
+    "few_step",
+    "guided",
+    "like",
+    "match",
+    "ode",
+    "raw_of",
+    "shift_time",
+    "student_grid",
+    "time_grid",
+    "trajectory",
+]

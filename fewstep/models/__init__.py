@@ -1,0 +1,1 @@
+"""Networks and their roles: the denoiser view of any backbone, the generator/fake-score/real-score trio, EMA."""

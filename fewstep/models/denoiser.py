@@ -1,0 +1,88 @@
+"""One call of any network gives a `Prediction`, from which x0, eps, v, flow and score follow."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion import NoiseSchedule, Prediction
+from fewstep.types import Condition, Kind
+
+
+class Backbone(nn.Module, ABC):
+    """Call adapter of one network family: it alone knows the network's time scale and argument names.
+
+    module: the unmodified network; the trainer may replace it by a wrapped one (DDP, FSDP).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @abstractmethod
+    def network_time(self, t: Tensor) -> Tensor:
+        """t, [B] in [0, 1] with 0 = data, on the scale that the network was trained with."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, network_time: Tensor, cond: Condition) -> Tensor:
+        """The raw output, x's shape.  x: [B, C, H, W] in the network's dtype."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network's floating-point parameters; float32 if it has none."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+
+class Denoiser(nn.Module):
+    """A backbone, the noise schedule that it lives on and what it predicts.
+
+    It decides nothing about gradients: that belongs to objectives and samplers.
+    """
+
+    def __init__(self, backbone: Backbone, schedule: NoiseSchedule, predicts: Kind) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.schedule = schedule
+        self.predicts: Kind = predicts
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[str] = ()) -> Prediction:
+        """Predict from the noisy x_t [B, C, H, W] at t [B] float32 in [0, 1], 0 = data.
+
+        taps: module names inside the network whose outputs are returned in `Prediction.taps`.
+        """
+        if t.shape != (x_t.shape[0],):
+            raise ValueError(f"t must be [B] = [{x_t.shape[0]}], got {list(t.shape)}; expand a scalar time yourself")
+        with _tapped(self.backbone.module, taps) as found:
+            raw = self.backbone(x_t.to(self.backbone.dtype), self.backbone.network_time(t), cond)
+        return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
+
+
+@contextmanager
+def _tapped(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of the named submodules during the enclosed forward.
+
+    The hooks go when the forward returns: under gradient checkpointing they would fire again in the recomputation.
+    """
+    found: dict[str, Tensor] = {}
+    known = dict(module.named_modules()) if names else {}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise LookupError(f"no submodules named {missing} in {type(module).__name__}; see named_modules()")
+
+    def keep(name: str):
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found[name] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [known[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

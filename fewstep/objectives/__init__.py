@@ -1,0 +1,1 @@
+"""One paper per file: what each distillation method asks of generator and critic."""

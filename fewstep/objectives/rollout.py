@@ -1,0 +1,62 @@
+"""How the generator makes x: the student's own sampler, run without gradient up to the step that trains."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion import NoiseSchedule, few_step, student_grid
+from fewstep.models.denoiser import Denoiser
+from fewstep.rng import Rng
+from fewstep.types import Batch
+
+
+class Rollout(NamedTuple):
+    """x: the generator's clean sample [B, C, H, W], float32 or better.  step: the sampler's step that made it."""
+
+    x: Tensor
+    step: int
+
+
+@dataclass(frozen=True)
+class StudentSampler:
+    """How a student makes images, in training and afterwards.
+
+    num_steps: the steps that it is trained for.  stochastic: fresh noise between steps (DMD2), or the noise that the
+    state already holds (Euler/DDIM).  shift: flow shift of the time grid.
+    """
+
+    num_steps: int = 1
+    stochastic: bool = True
+    shift: float = 1.0
+
+    def grid(self, schedule: NoiseSchedule, num_steps: int | None = None) -> Tensor:
+        """The sampling times, [num_steps] float32 descending from 1; see `diffusion.student_grid`."""
+        return student_grid(schedule, num_steps or self.num_steps, shift=self.shift)
+
+
+def backward_simulation(generator: Denoiser, batch: Batch, rng: Rng, sampler: StudentSampler) -> Rollout:
+    """Run the student's sampler to one of its steps, drawn uniformly, and make x there with gradient.
+
+    The states before that step come from the student itself, not from noised real images, so training sees what
+    inference sees.  No gradient reaches them.  At the first step the input is pure noise.  The step is one for the
+    whole global batch.     [DMD2, arXiv:2405.14867, section 4.5]
+    """
+    step, calls = rng.shared_int("rollout.step", sampler.num_steps), count()
+    grid = sampler.grid(generator.schedule)[: step + 1]
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        with nullcontext() if next(calls) == step else torch.no_grad():
+            return generator(x_t, t, batch.cond).x0
+
+    def draw(index: int, x0: Tensor) -> Tensor:
+        return rng.randn_like(x0, f"rollout.renoise{index}")
+
+    noise = generator.schedule.prior(rng.randn("rollout.noise", batch.shape))
+    x = few_step(denoise, noise, grid, generator.schedule, draw=draw if sampler.stochastic else None)
+    return Rollout(x, step)

@@ -1,0 +1,134 @@
+"""Making images: the student in its few steps, the teacher in its many, both from the noise of numbered images.
+
+Image i of a call with seed s draws from its own generator seeded s + i, first its latents and then its step noise, as
+a diffusers pipeline does.  So a picture depends on neither batch size nor count, and can be made again by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion import few_step, ode
+from fewstep.models.denoiser import Denoiser
+from fewstep.objectives.rollout import StudentSampler
+from fewstep.teachers.base import Teacher
+from fewstep.types import Condition
+
+Progress = Callable[[int], None]
+"""Called with the number of images finished since the last call."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A distilled generator with all it needs to make images.
+
+    sampler: the sampling steps that it was trained for and how it goes from one to the next.
+    """
+
+    denoiser: Denoiser
+    teacher: Teacher
+    sampler: StudentSampler
+
+    def sample(
+        self,
+        n: int,
+        prompts: Sequence[str] | None = None,
+        seed: int = 0,
+        num_steps: int | None = None,
+        *,
+        batch_size: int = 250,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """n images [n, C, H, W] float32 in [-1, 1], on the CPU.
+
+        prompts: image i gets prompts[i % len]; the teacher's own by default.  Raises ValueError for n or num_steps < 1.
+        """
+        check_count("num_steps", self.sampler.num_steps if num_steps is None else num_steps)
+        grid, stochastic = self.sampler.grid(self.denoiser.schedule, num_steps), self.sampler.stochastic
+
+        def run(noise: Tensor, generators: list[torch.Generator], cond: Condition) -> Tensor:
+            def draw(_index: int, x: Tensor) -> Tensor:
+                return numbered_noise(tuple(x.shape[1:]), generators).to(x)
+
+            def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+                return self.denoiser(x_t, t, cond).x0
+
+            return few_step(denoise, noise, grid, self.denoiser.schedule, draw=draw if stochastic else None)
+
+        return _batched(self.teacher, self.denoiser, run, n, prompts, seed, batch_size, progress)
+
+
+def sample_teacher(
+    teacher: Teacher,
+    n: int,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    *,
+    num_steps: int = 50,
+    guidance: float | None = None,
+    batch_size: int = 250,
+    progress: Progress | None = None,
+) -> Tensor:
+    """n images of the teacher, as its pipeline makes them: [n, C, H, W] float32 in [-1, 1], on the CPU.
+
+    guidance: classifier-free guidance scale, the teacher's own by default.
+    """
+    check_count("num_steps", num_steps)
+    grid, scale = teacher.grid(num_steps), teacher.guidance if guidance is None else guidance
+
+    def run(noise: Tensor, _generators: list[torch.Generator], cond: Condition) -> Tensor:
+        return ode(teacher.denoiser, noise, grid, cond, method=teacher.solver, guidance=scale)
+
+    return _batched(teacher, teacher.denoiser, run, n, prompts, seed, batch_size, progress)
+
+
+def numbered_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normals [len(generators), *shape] float32, row i from generator i."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def cycled(prompts: Sequence[str], start: int, stop: int) -> list[str]:
+    """The prompts of images start..stop-1: image i gets prompts[i % len]."""
+    return [prompts[i % len(prompts)] for i in range(start, stop)]
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises ValueError unless value >= 1."""
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+@torch.no_grad()
+def _batched(
+    teacher: Teacher,
+    denoiser: Denoiser,
+    run: Callable[[Tensor, list[torch.Generator], Condition], Tensor],
+    n: int,
+    prompts: Sequence[str] | None,
+    seed: int,
+    batch_size: int,
+    progress: Progress | None,
+) -> Tensor:
+    check_count("n", n)
+    prompts = teacher.prompts if prompts is None else prompts
+    if not prompts:
+        raise ValueError("prompts is empty; give one prompt or more, or None for the teacher's own")
+    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+    images = []
+    for start, stop in _slices(n, batch_size):
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]
+        noise = denoiser.schedule.prior(numbered_noise(teacher.shape, generators).to(device))
+        cond = teacher.encode(cycled(prompts, start, stop)).to(device)
+        images.append(teacher.codec.decode(run(noise, generators, cond)).float().cpu())
+        if progress is not None:
+            progress(stop - start)
+    return torch.cat(images)
+
+
+def _slices(n: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, n, size):
+        yield start, min(start + size, n)

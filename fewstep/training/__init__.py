@@ -1,0 +1,1 @@
+"""The trainer and what it keeps: optimisers, data position, checkpoints, logs."""

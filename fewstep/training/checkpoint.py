@@ -1,0 +1,154 @@
+"""Checkpoints that survive a kill at any moment and a damaged byte.
+
+A checkpoint is a folder of safetensors and JSON.  It is written beside its final place, flushed to the disk, and
+renamed: readers see all of it or none.  A manifest of SHA-256 sums is its last file; a folder without one, or with a
+byte that differs, is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger("fewstep")
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: file stem -> name -> tensor.  state: everything that is not a tensor, as JSON holds it."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint folder atomically; an existing one of that name is replaced.  Returns `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".writing-{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for stem, tensors in checkpoint.tensors.items():
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / f"{stem}.safetensors")
+    (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1, sort_keys=True))
+    sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps(sums, indent=1, sort_keys=True))
+    for path in temporary.iterdir():
+        _flush(path)
+    _flush(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+    _flush(folder.parent)
+    return folder
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a checkpoint whose every byte is as written.  Raises ValueError that says what is damaged."""
+    problem = damage(folder)
+    if problem:
+        raise ValueError(f"checkpoint {folder} is damaged: {problem}")
+    stems = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    return Checkpoint({path.stem: load_file(path) for path in stems}, json.loads((folder / STATE).read_text()))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return f"{MANIFEST} does not parse"
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} differs from what was written"
+    return None
+
+
+def all_of(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, whether valid or not."""
+    root = run / "checkpoints"
+    if not root.is_dir():
+        return []
+    return sorted(
+        (p for p in root.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name), reverse=True
+    )
+
+
+def newest_valid(run: Path) -> Path | None:
+    """The newest undamaged checkpoint; each damaged one passed over is reported.  None if there is none."""
+    for folder in all_of(run):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        log.error("checkpoint %s is DAMAGED (%s); falling back to the one before", folder, problem)
+    return None
+
+
+def folder_of(run: Path, iteration: int) -> Path:
+    """Where the checkpoint after `iteration` iterations lies."""
+    return run / "checkpoints" / f"{iteration:08d}"
+
+
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` valid checkpoints and the best one; leftovers of killed writes go too."""
+    kept = 0
+    for folder in all_of(run):
+        if kept < keep and damage(folder) is None:
+            kept += 1
+        elif int(folder.name) != best:
+            shutil.rmtree(folder)
+    for leftover in (run / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as named tensors ("<parameter index>.<name>") and JSON."""
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{name}": v for i, entry in state["state"].items() for name, v in entry.items()}
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+    """Put a packed state back.  Raises ValueError (from torch) if the parameter groups differ."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, field = name.split(".", 1)
+        state.setdefault(int(index), {})[field] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": extra["param_groups"]})
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder; folders cannot be opened on Windows, where the rename is durable by itself."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

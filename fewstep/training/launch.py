@@ -1,0 +1,131 @@
+"""From a resolved configuration to a trainer that is ready to run, every user's mistake caught on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.console import Console
+
+from fewstep.config import RunConfig, differences, read_yaml
+from fewstep.environment import describe
+from fewstep.models.trio import Trio
+from fewstep.teachers.base import Teacher
+from fewstep.training import checkpoint
+from fewstep.training.data import PromptData, read_prompts
+from fewstep.training.options import TrainConfig
+from fewstep.training.preview import Preview
+from fewstep.training.trainer import Trainer
+
+CONFIG = "config.yaml"
+OURS = (CONFIG, "environment.json", "metrics.jsonl", "checkpoints", "previews", "eval.json", "eval.csv", "eval.md")
+"""What a run writes into its folder, and what --overwrite deletes."""
+
+
+def prepare(
+    config: RunConfig,
+    out: Path,
+    load: Callable[[], Teacher],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> tuple[Trainer, Teacher]:
+    """Check everything, load the teacher, build the trio and the trainer; with `resume`, restore its state.
+
+    Everything that can be wrong with the request is checked before `load` reads any weight.
+    Raises ValueError, LookupError or OSError that names the value, what is allowed and the remedy.
+    """
+    console = console or Console(stderr=True)
+    _check_device(config.train)
+    prompts = read_prompts(config.prompts) if config.prompts else None
+    start = _open_folder(config, out, resume, overwrite)
+    teacher = load()
+    _check_needs(config, teacher)
+    accelerator = _accelerator(config.train)
+    trio = Trio.build(teacher.denoiser, config.objective.roles, sharing=config.train.sharing, init=teacher.student)
+    data = PromptData(prompts or teacher.prompts, teacher.encode, teacher.shape, config.train.seed)
+    monitor = Preview(teacher, out, config.objective.sampler)
+    trainer = Trainer(
+        config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
+    )
+    if start is not None:
+        trainer.load(start)
+        trainer.console.print(f"resuming {out} after iteration {trainer.progress.iteration}", highlight=False)
+    if accelerator.is_main_process:
+        (out / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        (out / "environment.json").write_text(json.dumps(describe(), indent=1), encoding="utf-8")
+    return trainer, teacher
+
+
+def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Path | None:
+    """Make or check the run folder.  Returns the checkpoint to go on from, if resuming."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: keep the run or start it anew")
+    exists = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if exists and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out takes a folder")
+    if resume:
+        return _resumable(config, out)
+    if exists and not overwrite:
+        raise ValueError(
+            f"{out} exists and is not empty; go on with --resume, start anew with --overwrite, or choose another --out"
+        )
+    if overwrite:
+        for name in OURS:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"{out} is not writable; choose another --out")
+    return None
+
+
+def _resumable(config: RunConfig, out: Path) -> Path:
+    if not (out / CONFIG).is_file():
+        raise FileNotFoundError(f"no run to resume at {out}: {CONFIG} is missing; leave --resume out to start one")
+    changed = differences(read_yaml(out / CONFIG), config.to_dict())
+    if changed:
+        raise ValueError(
+            f"{out} was started with other settings; a resumed run must keep them. Changed: {'; '.join(changed)}. "
+            "Give the old values, or start another run with another --out."
+        )
+    found = checkpoint.newest_valid(out)
+    if found is None:
+        raise FileNotFoundError(f"no valid checkpoint in {out / 'checkpoints'}; start anew with --overwrite")
+    return found
+
+
+def _check_needs(config: RunConfig, teacher: Teacher) -> None:
+    missing = config.objective.needs & {"latents", "pairs"}
+    if missing:
+        raise ValueError(
+            f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
+        )
+    guidance = getattr(config.objective, "guidance", 1.0)
+    if guidance != 1 and not teacher.encode(teacher.prompts[:1]).null:
+        raise ValueError(
+            f"method.guidance = {guidance}, but teacher {teacher.card.name!r} has no unconditional branch; "
+            "use --set method.guidance=1"
+        )
+
+
+def _check_device(config: TrainConfig) -> None:
+    import torch
+
+    usable = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable[config.device]:
+        raise ValueError(
+            f"device {config.device!r} is not available here; usable: {', '.join(k for k, v in usable.items() if v)}"
+        )
+    if config.precision == "fp16" and not usable["cuda"]:
+        raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    precision = "no" if config.precision == "fp32" else config.precision
+    return Accelerator(cpu=config.device == "cpu", mixed_precision=precision)

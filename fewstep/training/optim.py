@@ -1,0 +1,48 @@
+"""Optimiser and learning-rate schedule of one player."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule.  warmup counts this player's own updates; clip is the largest gradient norm."""
+
+    lr: float = 1e-5  # DMD2 table 6, SD1.5
+    betas: tuple[float, float] = (0.9, 0.999)  # DMD2 appendix F
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # DMD2 appendix F
+    clip: float = 10.0  # DMD2 appendix F
+    warmup: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be a positive finite number, got {self.lr}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.clip <= 0:
+            raise ValueError(f"clip must be positive, got {self.clip}; use a large number to switch clipping off")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be >= 0 updates, got {self.warmup}")
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all of the module's parameters, whatever requires_grad says at the moment."""
+    return torch.optim.AdamW(
+        module.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def learning_rate(config: OptimConfig, update: int, total: int) -> float:
+    """The rate of a player's update number `update` (from 0) of `total`: a pure function, so it needs no saving."""
+    rate = config.lr * min(1.0, (update + 1) / (config.warmup + 1))
+    if config.schedule == "cosine":
+        progress = min(1.0, update / max(1, total))
+        rate *= 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64))))
+    return rate

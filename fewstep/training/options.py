@@ -1,0 +1,50 @@
+"""What the trainer is told: how long, on how much, how fast, how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fewstep.models.trio import Sharing
+from fewstep.training.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, on what and how fast; every field may be given as --set train.NAME=VALUE.
+
+    batch_size is the global batch of one optimiser step; `accumulate` splits it into that many micro-batches.
+    """
+
+    iterations: int = 600
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sharing: Sharing = "copies"
+    generator: OptimConfig = OptimConfig()
+    critic: OptimConfig = OptimConfig()
+    ema: float = 0.0  # decay of the averaged student, 0 = none; DMD2 uses none
+    log_every: int = 20
+    evaluate_every: int = 200
+    checkpoint_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in (
+            "iterations",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")

@@ -1,0 +1,299 @@
+"""The one loop: turns, backward, clip, step, EMA, log, checkpoint.  Objectives never see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.ema import EMA
+from fewstep.models.trio import Trio
+from fewstep.objectives.base import Objective
+from fewstep.rng import Rng, key
+from fewstep.training import checkpoint
+from fewstep.training.data import PromptData
+from fewstep.training.optim import build_optimizer, learning_rate
+from fewstep.training.options import TrainConfig
+from fewstep.training.signals import stop_signals
+from fewstep.training.tracking import Tracker
+from fewstep.types import Loss, Turn
+
+PATIENCE = 20
+"""Skipped steps in a row after which a run stops: by then the weights do not recover by themselves."""
+
+
+class Monitor(Protocol):
+    """Judges the averaged student at a cadence: pictures and a cheap figure."""
+
+    def evaluate(self, student: Denoiser, iteration: int) -> dict[str, float]:
+        """Figures to log; "rank", if present, orders checkpoints (lower is better)."""
+        ...
+
+
+class Diverged(RuntimeError):
+    """The run stopped because its gradients stayed non-finite."""
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop; everything is saved.  `signum` is that signal."""
+
+    def __init__(self, signum: int, saved: Path) -> None:
+        super().__init__(f"stopped by signal {signum}; saved {saved}; go on with --resume")
+        self.signum = signum
+
+
+@dataclass
+class Progress:
+    """What a run has counted; all of it is in the checkpoint."""
+
+    iteration: int = 0
+    updates: dict[str, int] = field(default_factory=lambda: {"generator": 0, "critic": 0})
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    best: dict[str, float] | None = None
+
+
+class Trainer:
+    """Trains a trio on an objective.
+
+    out: the run folder.  monitor: judges the student every `evaluate_every` iterations, on the main process.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        trio: Trio,
+        objective: Objective,
+        data: PromptData,
+        *,
+        out: Path,
+        accelerator: Accelerator,
+        monitor: Monitor | None = None,
+        console: Console | None = None,
+    ) -> None:
+        ranks = accelerator.num_processes
+        if config.batch_size % (config.accumulate * ranks):
+            raise ValueError(
+                f"batch_size {config.batch_size} is not a multiple of accumulate x processes = "
+                f"{config.accumulate} x {ranks}"
+            )
+        self.config, self.trio, self.objective, self.data = config, trio, objective, data
+        self.out, self.accelerator, self.monitor = out, accelerator, monitor
+        self.console = console or Console(stderr=True)
+        self.progress = Progress()
+        self.ema = EMA(trio.generator, config.ema)
+        self._sums: dict[str, list[Tensor]] = {}
+        self._prepare()
+
+    # -- one run ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Progress:
+        """Train to the last iteration.
+
+        Raises Interrupted after a SIGINT or SIGTERM was answered with a checkpoint, Diverged if 20 steps in a row
+        had non-finite gradients.
+        """
+        start, total = self.progress.iteration, self.config.iterations
+        main = self.accelerator.is_main_process
+        console = self.console if main else Console(quiet=True)
+        with (
+            Tracker(self.out, total=total, start=start, console=console, seconds=self.progress.seconds) as self.tracker,
+            stop_signals() as caught,
+        ):
+            for iteration in range(start, total):
+                self.step(iteration)
+                self.progress.iteration = iteration + 1
+                self.tracker.advance(iteration + 1)
+                self._cadence(iteration + 1, stop=bool(caught))
+                if caught:
+                    raise Interrupted(caught[0], checkpoint.folder_of(self.out, iteration + 1))
+        return self.progress
+
+    def step(self, iteration: int) -> None:
+        """One iteration: the objective's turns, in order."""
+        # Dropout and the like draw from the global generator; keyed by iteration it needs no place in a checkpoint.
+        torch.manual_seed(key(self.config.seed, iteration, self.accelerator.process_index))
+        for turn in self.objective.turns.at(iteration):
+            self._update(turn, iteration)
+
+    def _update(self, turn: Turn, iteration: int) -> None:
+        """One player's update: losses of all micro-batches, backward, clip, step."""
+        optimizer, config = self.optimizers[turn], getattr(self.config, turn)
+        rate = learning_rate(config, self.progress.updates[turn], self._planned[turn])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with self.trio.turn(turn):
+            for ids, last in self._micro_batches(iteration):
+                batch = self.data.batch(ids, self.accelerator.device)
+                rng = Rng(self.config.seed, iteration, turn, ids, self.accelerator.device)
+                with nullcontext() if last else self._no_sync(turn):
+                    losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
+                    for loss in [losses] if isinstance(losses, Loss) else losses:
+                        self.accelerator.backward(loss.total / self.config.accumulate)
+                        self._collect(loss.metrics)
+            self._descend(turn, optimizer, config.clip)
+
+    def _descend(self, turn: Turn, optimizer: Any, clip: float) -> None:
+        """Clip and step, or skip and count if the gradient is not finite.  The norm is the only synchronisation."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.players[turn].parameters(), clip)
+        finite = bool(norm.isfinite())
+        if finite:
+            self._collect({f"{turn}/grad_norm": norm})
+        if finite or self.accelerator.scaler is not None:  # a loss scaler skips by itself, and learns from it
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.progress.updates[turn] += 1
+            self.progress.skipped_in_a_row = 0
+            if turn == "generator":
+                self.ema.update(self.trio.generator)
+        else:
+            self._skipped(turn)
+
+    def _skipped(self, turn: Turn) -> None:
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        self.tracker.say(
+            f"iteration {self.progress.iteration}: the {turn}'s gradient is not finite; step skipped "
+            f"({self.progress.skipped_in_a_row} in a row, {self.progress.skipped} in all)"
+        )
+        if self.progress.skipped_in_a_row >= PATIENCE:
+            raise Diverged(
+                f"{PATIENCE} steps in a row had non-finite gradients, the last in the {turn}'s turn. Lower the "
+                f"learning rate (--lr), use --precision fp32 or bf16, or start from the best checkpoint in {self.out}."
+            )
+
+    def _micro_batches(self, iteration: int) -> Iterator[tuple[tuple[int, ...], bool]]:
+        """This rank's global sample indices, micro-batch by micro-batch, and whether it is the last."""
+        size = self.config.batch_size // self.accelerator.num_processes
+        first = iteration * self.config.batch_size + self.accelerator.process_index * size
+        micro = size // self.config.accumulate
+        for part in range(self.config.accumulate):
+            start = first + part * micro
+            yield tuple(range(start, start + micro)), part == self.config.accumulate - 1
+
+    @contextmanager
+    def _no_sync(self, turn: Turn) -> Iterator[None]:
+        """Micro-batches before the last keep their gradients local."""
+        networks = [m.backbone.module if isinstance(m, Denoiser) else m for m in self.players[turn]]
+        with ExitStack() as stack:
+            for network in networks:
+                stack.enter_context(self.accelerator.no_sync(network))
+            yield
+
+    def _prepare(self) -> None:
+        """Hand networks and optimisers to accelerate: precision, parallel wrappers, loss scaling."""
+        self.trio.real_score.to(self.accelerator.device)
+        self.ema.denoiser.to(self.accelerator.device)
+        self.players = self.trio.players()
+        for modules in self.players.values():
+            modules.requires_grad_(True)  # parallel wrappers look for trainable parameters when they wrap
+            for player in modules:
+                if isinstance(player, Denoiser):
+                    player.backbone.module = self.accelerator.prepare_model(player.backbone.module)
+            modules.to(self.accelerator.device)
+        self.optimizers = {
+            turn: self.accelerator.prepare_optimizer(build_optimizer(modules, getattr(self.config, turn)))
+            for turn, modules in self.players.items()
+        }
+        turns = [self.objective.turns.at(i) for i in range(self.config.iterations)]
+        self._planned = {turn: sum(turn in now for now in turns) for turn in self.players}
+
+    # -- cadences -----------------------------------------------------------------------------------------------
+
+    def _cadence(self, done: int, *, stop: bool) -> None:
+        """After `done` iterations: log, evaluate, save, each when due; everything at the end."""
+        end = done == self.config.iterations
+        self.progress.seconds = self.tracker.seconds
+        if done % self.config.log_every == 0 or end:
+            self._log(done)
+        improved = (done % self.config.evaluate_every == 0 or end) and not stop and self._evaluate(done)
+        if improved or stop or end or done % self.config.checkpoint_every == 0:
+            self.save()
+
+    def _log(self, done: int) -> None:
+        means = {name: torch.stack(values).mean() for name, values in self._sums.items()}
+        self._sums = {}
+        if self.accelerator.num_processes > 1:
+            means = {name: self.accelerator.reduce(value, "mean") for name, value in means.items()}
+        row: dict[str, float | int] = {name: float(value) for name, value in sorted(means.items())}
+        row |= {"generator_updates": self.progress.updates["generator"], "skipped": self.progress.skipped}
+        if self.accelerator.is_main_process:
+            self.tracker.log(done, row, images=done * self.config.batch_size)
+
+    def _evaluate(self, done: int) -> bool:
+        """Judge the averaged student; True if it is the best so far."""
+        if self.monitor is None or not self.accelerator.is_main_process:
+            return False
+        figures = self.monitor.evaluate(self.ema.denoiser, done)
+        rank = figures.pop("rank", None)
+        self.tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
+        self.tracker.say(f"iteration {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        if rank is None or (self.progress.best is not None and rank >= self.progress.best["rank"]):
+            return False
+        self.progress.best = {"iteration": done, "rank": rank}
+        return True
+
+    def _collect(self, metrics: Any) -> None:
+        for name, value in metrics.items():
+            self._sums.setdefault(name, []).append(value.detach().float())
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present iteration, then delete what `keep` does not cover."""
+        folder = checkpoint.folder_of(self.out, self.progress.iteration)
+        if self.accelerator.is_main_process:
+            checkpoint.write(folder, self._state())
+            best = self.progress.best
+            checkpoint.prune(self.out, self.config.keep, int(best["iteration"]) if best else None)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _state(self) -> checkpoint.Checkpoint:
+        tensors: dict[str, dict[str, Tensor]] = {"ema": self.ema.denoiser.backbone.module.state_dict()}
+        extra: dict[str, Any] = {}
+        for turn, modules in self.players.items():
+            for index, module in enumerate(modules):
+                tensors[f"{turn}{index}"] = self._plain(module).state_dict()
+            tensors[f"optimizer_{turn}"], extra[turn] = checkpoint.pack_optimizer(self.optimizers[turn])
+        scaler = self.accelerator.scaler
+        return checkpoint.Checkpoint(
+            tensors,
+            {
+                "progress": vars(self.progress),
+                "optimizers": extra,
+                "ema_updates": self.ema.updates,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
+        )
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint.  Raises ValueError if it is damaged or of other networks."""
+        saved = checkpoint.read(folder)
+        self.progress = Progress(**saved.state["progress"])
+        self.ema.denoiser.backbone.module.load_state_dict(saved.tensors["ema"])
+        self.ema.updates = saved.state["ema_updates"]
+        for turn, modules in self.players.items():
+            for index, module in enumerate(modules):
+                self._plain(module).load_state_dict(saved.tensors[f"{turn}{index}"])
+            tensors = saved.tensors[f"optimizer_{turn}"]
+            checkpoint.unpack_optimizer(self.optimizers[turn], tensors, saved.state["optimizers"][turn])
+        if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+
+    def _plain(self, player: nn.Module) -> nn.Module:
+        """The network as diffusers knows it, without parallel wrappers and our own."""
+        module = player.backbone.module if isinstance(player, Denoiser) else player
+        return self.accelerator.unwrap_model(module, keep_torch_compile=False)

@@ -1,0 +1,80 @@
+"""Value objects that cross packages: what a network is told, what a step works on, what an objective returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Kind = Literal["x0", "eps", "v", "flow"]
+"""What a network's raw output means: clean sample, noise, v = alpha eps - sigma x0, or flow = eps - x0."""
+
+Turn = Literal["generator", "critic"]
+"""Who is updated: the generator, or the critic (fake score and GAN head together)."""
+
+Role = Literal["fake_score", "head", "ema"]
+"""Networks that an objective asks for beside generator and real score."""
+
+Need = Literal["latents", "pairs", "jvp"]
+"""What an objective needs from the data or the teacher; checked before any weight is loaded."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is told besides x_t and t.
+
+    tensors: name -> [B, ...].  null: name -> [1, ...], the empty prompt's, the same names; empty if the model has no
+    unconditional branch.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    null: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def unconditional(self) -> Condition:
+        """The same condition with every sample's prompt replaced by the empty one.
+
+        Raises ValueError if the model has no empty prompt.
+        """
+        if not self.null:
+            raise ValueError(
+                "this teacher has no unconditional branch; use guidance 1, or a teacher with a null prompt"
+            )
+        return Condition(
+            {k: self.null[k].to(v).expand(v.shape[0], *self.null[k].shape[1:]) for k, v in self.tensors.items()},
+            self.null,
+        )
+
+    def to(self, device: object) -> Condition:
+        """Every tensor on `device` (a torch.device or its name)."""
+        moved = [{k: v.to(device) for k, v in group.items()} for group in (self.tensors, self.null)]  # type: ignore[call-overload]
+        return Condition(*moved)
+
+    def __getitem__(self, index: slice) -> Condition:
+        """The condition of a slice of the batch."""
+        return Condition({k: v[index] for k, v in self.tensors.items()}, self.null)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one micro-batch.
+
+    cond: their conditions.  shape: one sample's shape (C, H, W) in the space where diffusion runs.  sample_ids: their
+    global indices, B of them; noise is keyed by them, so ranks and micro-batches draw what one big batch would.
+    """
+
+    cond: Condition
+    shape: tuple[int, ...]
+    sample_ids: tuple[int, ...]
+    latents: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+class Loss(NamedTuple):
+    """A scalar to back-propagate (mean over the batch) and detached scalars to log."""
+
+    total: Tensor
+    metrics: Mapping[str, Tensor] = {}
