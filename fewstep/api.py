@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-import fewstep.objectives.dmd2  # noqa: F401 - registers the methods
 from fewstep.config import RunConfig, resolve
 from fewstep.models.trio import Trio
 from fewstep.sampling import Student
@@ -96,20 +95,25 @@ def load_student(
     Raises FileNotFoundError if there is no run or no valid checkpoint, ValueError if the wanted one is damaged.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"no run at {folder}: {CONFIG} is missing")
-    config = resolve(config=folder / CONFIG)
+    student = untrained_student(folder, teacher=teacher)
     newest = checkpoint.newest_valid(folder)
     if newest is None:
         raise FileNotFoundError(f"no valid checkpoint in {folder / 'checkpoints'}")
     saved = checkpoint.read(newest)
     best = saved.state["progress"]["best"]
-    if which == "best" and best is not None:
-        chosen = checkpoint.folder_of(folder, int(best["iteration"]))
-        saved = checkpoint.read(chosen) if chosen.is_dir() else saved
+    if which == "best" and best is not None and best["iteration"] != saved.state["progress"]["iteration"]:
+        saved = checkpoint.read(checkpoint.folder_of(folder, int(best["iteration"])))
+    student.denoiser.backbone.module.load_state_dict(dict(saved.tensors["ema"]))
+    return student
+
+
+def untrained_student(folder: str | Path, *, teacher: Teacher | None = None) -> Student:
+    """The student of a run folder as it was before training: the teacher's weights in the student's sampler."""
+    if not (Path(folder) / CONFIG).is_file():
+        raise FileNotFoundError(f"no run at {folder}: {CONFIG} is missing; `fewstep list runs` names the runs in runs/")
+    config = resolve(config=Path(folder) / CONFIG)
     teacher = teacher or load_teacher(config.teacher, **config.teacher_options)
     denoiser = Trio.build(teacher.denoiser, frozenset(), init=teacher.student).generator
-    denoiser.backbone.module.load_state_dict(dict(saved.tensors["ema"]))
     return Student(denoiser.eval().requires_grad_(False), teacher, config.objective.sampler)
 
 

@@ -68,6 +68,7 @@ def distill(
         load_plugins(plugin)
         from fewstep import api
         from fewstep.config import resolve
+        from fewstep.sampling import NotFinite
         from fewstep.training.launch import prepare
         from fewstep.training.trainer import Diverged, Interrupted
 
@@ -104,7 +105,7 @@ def distill(
     except Interrupted as stop:
         say(str(stop))
         raise typer.Exit(128 + stop.signum) from None
-    except Diverged as stop:
+    except (Diverged, NotFinite) as stop:
         say(f"error: {stop}")
         raise typer.Exit(1) from None
     say(f"done: {folder}. Next: fewstep eval {folder}, fewstep sample {folder}, fewstep export {folder} --to FOLDER")
@@ -113,7 +114,7 @@ def distill(
 @app.command()
 def sample(
     run: RunFolder,
-    n: Annotated[int, typer.Option(help="Number of images.")] = 16,
+    n: Annotated[int, typer.Option("--n", "-n", help="Number of images.")] = 16,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. By default the teacher's.")] = None,
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
     num_steps: Annotated[int | None, typer.Option(help="Sampling steps; by default those trained for.")] = None,
@@ -135,7 +136,7 @@ def sample(
 @app.command("eval")
 def evaluate(
     run: RunFolder,
-    n: Annotated[int, typer.Option(help="Samples behind each figure.")] = 10_000,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples behind each figure.")] = 10_000,
     seed: Annotated[
         int, typer.Option(help="First sampling seed; none was used in training or to choose a checkpoint.")
     ] = 50_000_000,
@@ -179,9 +180,11 @@ def show(
         typer.Argument(metavar="teachers|methods|runs|NAME", help="What to list, or a method's name for its settings."),
     ] = "methods",
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    plugin: Plugin = None,
 ) -> None:
     """List teachers, methods or runs; with a method's name, its settings, defaults and their sources."""
-    index = json.loads((Path(__file__).parent / "index.json").read_text(encoding="utf-8"))
+    with border():
+        index = _index(plugin)
     methods = index["methods"]
     name = what.replace("-", "_")
     if what == "teachers":
@@ -189,7 +192,8 @@ def show(
     elif what == "methods":
         output.print(_table("method", "what it is", rows=[(k, v["summary"]) for k, v in methods.items()]))
     elif what == "runs":
-        output.print(_table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs))))
+        with border():
+            output.print(_table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs))))
     elif name in methods:
         fields = [(f["name"], f["type"], f["default"], f["note"]) for f in methods[name]["fields"]]
         output.print(_table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields))
@@ -214,8 +218,8 @@ def border() -> Iterator[None]:
 
 
 def fail(message: str) -> None:
-    """Print one message and exit with code 2."""
-    say(f"error: {message}")
+    """Print one message, on one line, and exit with code 2."""
+    say(f"error: {' '.join(message.split())}")
     raise typer.Exit(2)
 
 
@@ -230,6 +234,16 @@ def load_plugins(paths: list[Path] | None) -> None:
 
     for path in paths or ():
         load_plugin(path)
+
+
+def _index(plugins: list[Path] | None) -> dict[str, Any]:
+    """What there is to list: the file made at build time, or with plugins the registries themselves."""
+    if not plugins:
+        return json.loads((Path(__file__).parent / "index.json").read_text(encoding="utf-8"))
+    from fewstep.index import build_index
+
+    load_plugins(plugins)
+    return build_index()
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -252,10 +266,15 @@ def _table(*columns: str, rows: list[Any]) -> Table:
 def _runs(root: Path) -> Iterator[tuple[str, ...]]:
     import yaml
 
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}; name the one that holds the runs with --runs")
     for path in sorted(root.glob("*/config.yaml")):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
         saved = sorted(path.parent.glob("checkpoints/*/state.json"))
-        best = json.loads(saved[-1].read_text())["progress"]["best"] if saved else None
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            best = json.loads(saved[-1].read_text(encoding="utf-8"))["progress"]["best"] if saved else None
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"{path.parent} cannot be listed: {error}") from error
         done = saved[-1].parent.name.lstrip("0") if saved else "0"
         found = f"{best['rank']:.4g} at {best['iteration']}" if best else "-"
         yield (

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
+import fewstep.objectives.dmd2  # noqa: F401 - registers the methods
 from fewstep.objectives.base import METHODS, Objective
 from fewstep.registry import nearest
 from fewstep.training.options import TrainConfig
@@ -69,6 +70,9 @@ def resolve(
     recipe = Path(config) if config is not None else recipe_of(teacher, method)
     layers = _merge(read_yaml(recipe), explicit) if recipe is not None else explicit
     _known(layers, SECTIONS, "")
+    prompts = layers.get("prompts")
+    if not isinstance(prompts, str | None):
+        raise ValueError(f"prompts = {prompts!r}: it must be the path of a text file, one prompt a line")
     objective_type = METHODS.get(method)
     options = {k: v for k, v in layers.get("method", {}).items() if k != "name"}
     return RunConfig(
@@ -77,7 +81,7 @@ def resolve(
         method=method,
         objective=build(objective_type, options, "method"),
         train=build(TrainConfig, layers.get("train", {}), "train"),
-        prompts=layers.get("prompts"),
+        prompts=prompts,
         recipe=str(recipe) if recipe is not None else None,
     )
 

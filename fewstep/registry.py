@@ -29,8 +29,7 @@ class Registry(Generic[T]):
         """Decorator: file the decorated factory under `name`.  Raises ValueError if the name is taken."""
 
         def add(entry: T) -> T:
-            taken = self._entries.get(name)
-            if taken is not None and taken is not entry:
+            if name in self and self.get(name) is not entry:  # `-` and `_` count as equal here too
                 raise ValueError(f"a {self.what} named {name!r} is registered already; choose another name")
             self._entries[name] = entry
             return entry
@@ -59,7 +58,8 @@ class Registry(Generic[T]):
 def load_plugin(path: str | Path) -> None:
     """Import one Python file for its registrations.  The file runs as code: only load what you trust.
 
-    Raises FileNotFoundError if it is not there; whatever the file raises is raised on.
+    Raises FileNotFoundError if it is not there and ValueError if it is no Python; whatever else the file raises is
+    raised on, with its traceback.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,4 +70,9 @@ def load_plugin(path: str | Path) -> None:
         raise ValueError(f"{path} is not a Python file; --plugin takes a .py file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        del sys.modules[name]
+        line = f" (line {error.lineno})" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise ValueError(f"the plugin {path} is not valid Python{line}: {error}") from error

@@ -22,6 +22,10 @@ Progress = Callable[[int], None]
 """Called with the number of images finished since the last call."""
 
 
+class NotFinite(ValueError):
+    """A network gave samples that hold NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Student:
     """A distilled generator with all it needs to make images.
@@ -45,7 +49,8 @@ class Student:
     ) -> Tensor:
         """n images [n, C, H, W] float32 in [-1, 1], on the CPU.
 
-        prompts: image i gets prompts[i % len]; the teacher's own by default.  Raises ValueError for n or num_steps < 1.
+        prompts: image i gets prompts[i % len]; the teacher's own by default.  Raises ValueError for n or num_steps < 1,
+        NotFinite for samples that are not finite.
         """
         check_count("num_steps", self.sampler.num_steps if num_steps is None else num_steps)
         grid, stochastic = self.sampler.grid(self.denoiser.schedule, num_steps), self.sampler.stochastic
@@ -115,18 +120,26 @@ def _batched(
 ) -> Tensor:
     check_count("n", n)
     prompts = teacher.prompts if prompts is None else prompts
-    if not prompts:
-        raise ValueError("prompts is empty; give one prompt or more, or None for the teacher's own")
+    if isinstance(prompts, str) or not prompts:  # a string is a sequence too: of its letters
+        raise ValueError(
+            f"prompts must be a list of one prompt or more, or None for the teacher's own; got {prompts!r}"
+        )
     device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     images = []
     for start, stop in _slices(n, batch_size):
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]
         noise = denoiser.schedule.prior(numbered_noise(teacher.shape, generators).to(device))
         cond = teacher.encode(cycled(prompts, start, stop)).to(device)
-        images.append(teacher.codec.decode(run(noise, generators, cond)).float().cpu())
+        images.append(teacher.codec.decode(_finite(run(noise, generators, cond))).float().cpu())
         if progress is not None:
             progress(stop - start)
     return torch.cat(images)
+
+
+def _finite(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise NotFinite("the network gave samples that are not finite: it has diverged, or its file is damaged")
+    return x
 
 
 def _slices(n: int, size: int) -> Iterator[tuple[int, int]]:

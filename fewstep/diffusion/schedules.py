@@ -159,8 +159,7 @@ class VPTable(NoiseSchedule):
 
     @cached_property
     def _log_snr(self) -> Tensor:
-        with torch.inference_mode(False):  # else a schedule first used under inference mode could not train later
-            return torch.logit(torch.tensor(self.alphas_cumprod, dtype=torch.float64))
+        return torch.logit(torch.tensor(self.alphas_cumprod, dtype=torch.float64))
 
     def curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table = self._log_snr.to(t.device, non_blocking=True)

@@ -50,8 +50,7 @@ class DiscreteUniform:
             raise ValueError(f"indices must satisfy 0 <= low_index <= high_index < count (count >= 2), got {self}.")
 
     def sample(self, rng: Rng, stream: str, device: torch.device | str | None = None) -> Tensor:
-        # float64: in float32 (1 - 2^-24) * 961 rounds up to 961, one index too far.
-        offset = (rng.rand(stream).double() * (self.high_index - self.low_index + 1)).floor()
+        offset = (rng.rand(stream) * (self.high_index - self.low_index + 1)).floor()
         return ((self.low_index + offset) / (self.count - 1)).to(device, torch.float32)
 
 
@@ -102,9 +101,7 @@ class Interval:
 
     def sample(self, rng: Rng, stream: str, device: torch.device | str | None = None) -> Tensor:
         t = self.law.sample(rng, stream, device).double()
-        # Clamped: rounding to float32 may leave [low, high], and renoise refuses t < s.
-        inside = (self.low + (self.high - self.low) * t).float()
-        return inside.clamp(*torch.tensor([self.low, self.high]).tolist())
+        return (self.low + (self.high - self.low) * t).float()
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from fewstep.diffusion import RectifiedFlow
+from fewstep.diffusion import RectifiedFlow, shift_time
 from fewstep.metrics.features import FASHION_CLASSIFIER, extract, load_fashion_classifier, load_reference
 from fewstep.metrics.frechet import Moments, moments_distance
+from fewstep.models.backbones import CogView4
 from fewstep.models.denoiser import Denoiser
 from fewstep.registry import Registry
 from fewstep.teachers.base import TEACHERS, Evaluation, Teacher, TeacherCard, register_teacher
 from fewstep.types import Condition
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 FAMILIES: Registry[Callable[..., Teacher]] = Registry("pipeline class")
 """Pipeline class name -> a function that makes a Teacher of the loaded pipeline."""
@@ -49,33 +55,32 @@ def load_teacher(name_or_path: str, **options: Any) -> Teacher:
     Hub ids use HF_HOME and HF_TOKEN as huggingface_hub does.  Only safetensors are read and no remote code is run.
     Raises LookupError for a name that is none of the three, ValueError for a folder or model that cannot be used.
     """
-    if name_or_path in TEACHERS:
-        try:
-            return TEACHERS.get(name_or_path)(**options)
-        except TypeError as error:
-            raise ValueError(f"teacher {name_or_path!r}: {error}") from error
-    if Path(name_or_path).exists() or name_or_path.count("/") == 1:
-        return from_pipeline(name_or_path, **options)
-    return TEACHERS.get(name_or_path)()  # raises the LookupError that names the known ones
+    hub_or_folder = name_or_path not in TEACHERS and (Path(name_or_path).exists() or name_or_path.count("/") == 1)
+    make = partial(from_pipeline, name_or_path) if hub_or_folder else TEACHERS.get(name_or_path)
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise ValueError(f"teacher {name_or_path!r} with options {options}: {error}") from error
 
 
 def from_pipeline(source: str, *, revision: str | None = None) -> Teacher:
-    """Load a diffusers pipeline folder or hub id (weights in float32) and hand it to its family."""
+    """Load a diffusers pipeline folder or hub id (weights in float32) and hand it to its family.
+
+    Raises ValueError for what cannot be loaded, LookupError for a pipeline class of no known family.
+    """
     folder = Path(source)
     if folder.exists():
         check_folder(folder)
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=torch.float32, use_safetensors=True, revision=revision
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, revision=revision)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
     make = FAMILIES.get(type(pipe).__name__)
-    teacher = make(pipe, source)
-    check_weights(teacher.denoiser, source)
-    return replace(teacher, folder=folder if folder.exists() else None)
+    check_weights(pipe, source)
+    options = {} if revision is None else {"revision": revision}
+    return replace(make(pipe, source), folder=folder if folder.exists() else None, options=options)
 
 
 def check_folder(folder: Path) -> None:
@@ -84,11 +89,13 @@ def check_folder(folder: Path) -> None:
     if not index.is_file():
         raise ValueError(f"{folder} is no diffusers pipeline folder: model_index.json is missing")
     try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        parts = json.loads(index.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{index} does not parse: {error}") from error
-    FAMILIES.get(str(kind))
-    pickles = [p for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+    if not isinstance(parts, dict) or "_class_name" not in parts:
+        raise ValueError(f"{index} names no pipeline class (_class_name)")
+    FAMILIES.get(str(parts["_class_name"]))
+    pickles = sorted(p for p in folder.rglob("*") if p.suffix in PICKLES)
     if pickles:
         raise ValueError(
             f"{folder} holds pickled weights ({pickles[0].relative_to(folder)}), which can run code when loaded; save "
@@ -96,18 +103,17 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def check_weights(denoiser: Denoiser, source: str) -> None:
-    """Raises ValueError if a weight is not finite: training would only skip steps, and say why much later."""
-    bad = [name for name, p in denoiser.backbone.module.named_parameters() if not p.isfinite().all()]
+def check_weights(pipe: Any, source: str) -> None:
+    """Raises ValueError if a weight of any part is not finite: training would say so much later, or not at all."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    bad = [f"{k}.{name}" for k, part in parts.items() for name, p in part.named_parameters() if not p.isfinite().all()]
     if bad:
         raise ValueError(f"{source!r} holds non-finite weights ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''})")
 
 
 @FAMILIES.register("CogView4Pipeline")
 def cogview4(pipe: Any, source: str) -> Teacher:
-    """CogView4: one transformer, one text encoder, rectified flow without a shift of its own."""
-    from fewstep.models.backbones import CogView4
-
+    """CogView4: one transformer, one text encoder, rectified flow; t is the time after its scheduler's shift."""
     transformer = pipe.transformer.config
     shape = (transformer.in_channels, transformer.sample_size, transformer.sample_size)
 
@@ -118,7 +124,9 @@ def cogview4(pipe: Any, source: str) -> Teacher:
         return pipe.scheduler.sigmas.clone()
 
     return Teacher(
-        denoiser=Denoiser(CogView4(pipe.transformer, pipe.vae_scale_factor), RectifiedFlow(), "flow"),
+        denoiser=Denoiser(
+            ShiftedCogView4(pipe.transformer, pipe.vae_scale_factor, _shift(pipe)), RectifiedFlow(), "flow"
+        ),
         encode=PipelineEncoder(pipe),
         codec=VAECodec(pipe.vae),
         shape=shape,
@@ -127,6 +135,34 @@ def cogview4(pipe: Any, source: str) -> Teacher:
         grid=grid,
         guidance=5.0,
     )
+
+
+class ShiftedCogView4(CogView4):
+    """CogView4 as its pipeline calls it: the scheduler shifts the noise level, but the network is told the time before.
+
+    t = k u / (1 + (k - 1) u) is the noise level, u * 1000 what the network was trained with.
+    """
+
+    def __init__(self, module: nn.Module, vae_scale: int, shift: float) -> None:
+        super().__init__(module, vae_scale)
+        self.shift = shift
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """0..1000."""
+        return super().network_time(shift_time(t, 1 / self.shift))
+
+
+def _shift(pipe: Any) -> float:
+    """The factor k by which the pipeline's scheduler shifts times.  Raises ValueError for other spacings."""
+    config = pipe.scheduler.config
+    names = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+    used = [name for name in names if config.get(name)]
+    if used:
+        raise ValueError(f"the scheduler's {', '.join(used)} cannot be used here; its times must only be shifted")
+    mu = _mu(pipe)
+    if mu is None:
+        return float(config.get("shift", 1.0))
+    return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
 
 
 def _mu(pipe: Any) -> float | None:
@@ -183,11 +219,7 @@ class VAECodec:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> images [B, 1 or 3, H', W'] in [-1, 1]; non-finite latents raise ValueError."""
-        if not x.isfinite().all():
-            raise ValueError(
-                "latents hold values that are not finite; the generator has diverged or its file is damaged"
-            )
+        """Latents [B, C, H, W] -> images [B, 1 or 3, H', W'] in [-1, 1]."""
         vae = self._vae.to(x.device)
         return vae.decode(x.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
 

@@ -56,6 +56,14 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a kill leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
 def read(folder: Path) -> Checkpoint:
     """Read a checkpoint whose every byte is as written.  Raises ValueError that says what is damaged."""
     problem = damage(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ class PromptData:
         self.prompts = tuple(prompts)
         self.shape = shape
         self.seed = seed
+        self.digest = sha256("\n".join(self.prompts).encode()).hexdigest()  # prompts hold no line ends
         self._conditions = encode(self.prompts)
         bad = [k for k, v in self._conditions.tensors.items() if v.is_floating_point() and not v.isfinite().all()]
         if bad:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from fewstep.config import RunConfig, differences, read_yaml
@@ -23,7 +24,8 @@ from fewstep.training.trainer import Trainer
 
 CONFIG = "config.yaml"
 OURS = (CONFIG, "environment.json", "metrics.jsonl", "checkpoints", "previews", "eval.json", "eval.csv", "eval.md")
-"""What a run writes into its folder, and what --overwrite deletes."""
+LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp")
+"""What a run writes into its folder (the latter if it is killed), and what --overwrite deletes."""
 
 
 def prepare(
@@ -55,15 +57,20 @@ def prepare(
     )
     if start is not None:
         trainer.load(start)
-        trainer.console.print(f"resuming {out} after iteration {trainer.progress.iteration}", highlight=False)
+    accelerator.wait_for_everyone()  # nobody writes before all processes have looked at the folder
     if accelerator.is_main_process:
-        (out / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        (out / "environment.json").write_text(json.dumps(describe(), indent=1), encoding="utf-8")
+        if resume:
+            said = f"resuming {out} after iteration {trainer.progress.iteration}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+        if overwrite:
+            _clear(out)
+        checkpoint.write_text(out / CONFIG, config.to_yaml())
+        checkpoint.write_text(out / "environment.json", json.dumps(describe(), indent=1))
     return trainer, teacher
 
 
 def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Path | None:
-    """Make or check the run folder.  Returns the checkpoint to go on from, if resuming."""
+    """Make or check the run folder.  Returns the checkpoint to go on from, if resuming and there is one."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: keep the run or start it anew")
     exists = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -75,17 +82,23 @@ def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) ->
         raise ValueError(
             f"{out} exists and is not empty; go on with --resume, start anew with --overwrite, or choose another --out"
         )
-    if overwrite:
-        for name in OURS:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if exists and not any((out / name).exists() for name in OURS + LEFTOVERS):
+        raise ValueError(f"{out} holds files but no run; --overwrite deletes runs only, so choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} is not writable; choose another --out")
     return None
 
 
-def _resumable(config: RunConfig, out: Path) -> Path:
+def _clear(out: Path) -> None:
+    """Delete what an earlier run wrote, once the new one is known to be able to start."""
+    for name in OURS + LEFTOVERS:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _resumable(config: RunConfig, out: Path) -> Path | None:
+    """The newest valid checkpoint; None if the run was killed before its first, and starts again with nothing lost."""
     if not (out / CONFIG).is_file():
         raise FileNotFoundError(f"no run to resume at {out}: {CONFIG} is missing; leave --resume out to start one")
     changed = differences(read_yaml(out / CONFIG), config.to_dict())
@@ -95,7 +108,7 @@ def _resumable(config: RunConfig, out: Path) -> Path:
             "Give the old values, or start another run with another --out."
         )
     found = checkpoint.newest_valid(out)
-    if found is None:
+    if found is None and checkpoint.all_of(out):
         raise FileNotFoundError(f"no valid checkpoint in {out / 'checkpoints'}; start anew with --overwrite")
     return found
 
@@ -122,10 +135,12 @@ def _check_device(config: TrainConfig) -> None:
         raise ValueError(
             f"device {config.device!r} is not available here; usable: {', '.join(k for k, v in usable.items() if v)}"
         )
-    if config.precision == "fp16" and not usable["cuda"]:
+    if config.precision == "fp16" and (config.device in ("cpu", "mps") or not usable["cuda"]):
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
+    # accelerate keeps one state per process: an earlier run's precision and device would decide this one's.
+    AcceleratorState._reset_state(reset_partial_state=True)
     precision = "no" if config.precision == "fp32" else config.precision
     return Accelerator(cpu=config.device == "cpu", mixed_precision=precision)

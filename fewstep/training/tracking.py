@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +10,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fewstep.training.checkpoint import write_text
+
 
 class Tracker:
     """Appends rows to <out>/metrics.jsonl and shows progress.
 
-    Rows after the resumed iteration are dropped first, so that a resumed run's file is that of an unbroken one.
+    Rows after the resumed iteration are dropped first, by the main process, so that a resumed run's file is that of an
+    unbroken one.
     """
 
-    def __init__(self, out: Path, *, total: int, start: int, console: Console, seconds: float = 0.0) -> None:
+    def __init__(
+        self, out: Path, *, total: int, start: int, console: Console, seconds: float = 0.0, main: bool = True
+    ) -> None:
         self.path = out / "metrics.jsonl"
         self._console = console
         self._total = total
@@ -26,7 +30,8 @@ class Tracker:
         self._began = time.monotonic()
         self._earlier = seconds
         self._progress: Progress | None = None
-        self._truncate(start)
+        if main:
+            self._truncate(start)
 
     @property
     def seconds(self) -> float:
@@ -94,9 +99,7 @@ class Tracker:
                     kept.append(line)
             except json.JSONDecodeError:
                 continue  # the line that a kill cut short
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def _clock(seconds: float) -> str:

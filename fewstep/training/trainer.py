@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +21,12 @@ from fewstep.training import checkpoint
 from fewstep.training.data import PromptData
 from fewstep.training.optim import build_optimizer, learning_rate
 from fewstep.training.options import TrainConfig
+from fewstep.training.progress import PATIENCE, Diverged, Interrupted, Progress
 from fewstep.training.signals import stop_signals
 from fewstep.training.tracking import Tracker
 from fewstep.types import Loss, Turn
 
-PATIENCE = 20
-"""Skipped steps in a row after which a run stops: by then the weights do not recover by themselves."""
+__all__ = ["Diverged", "Interrupted", "Monitor", "Progress", "Trainer"]
 
 
 class Monitor(Protocol):
@@ -36,30 +35,6 @@ class Monitor(Protocol):
     def evaluate(self, student: Denoiser, iteration: int) -> dict[str, float]:
         """Figures to log; "rank", if present, orders checkpoints (lower is better)."""
         ...
-
-
-class Diverged(RuntimeError):
-    """The run stopped because its gradients stayed non-finite."""
-
-
-class Interrupted(RuntimeError):
-    """A signal asked the run to stop; everything is saved.  `signum` is that signal."""
-
-    def __init__(self, signum: int, saved: Path) -> None:
-        super().__init__(f"stopped by signal {signum}; saved {saved}; go on with --resume")
-        self.signum = signum
-
-
-@dataclass
-class Progress:
-    """What a run has counted; all of it is in the checkpoint."""
-
-    iteration: int = 0
-    updates: dict[str, int] = field(default_factory=lambda: {"generator": 0, "critic": 0})
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-    best: dict[str, float] | None = None
 
 
 class Trainer:
@@ -105,17 +80,15 @@ class Trainer:
         start, total = self.progress.iteration, self.config.iterations
         main = self.accelerator.is_main_process
         console = self.console if main else Console(quiet=True)
-        with (
-            Tracker(self.out, total=total, start=start, console=console, seconds=self.progress.seconds) as self.tracker,
-            stop_signals() as caught,
-        ):
+        tracker = Tracker(self.out, total=total, start=start, console=console, seconds=self.progress.seconds, main=main)
+        with tracker as self.tracker, stop_signals() as caught:
             for iteration in range(start, total):
                 self.step(iteration)
                 self.progress.iteration = iteration + 1
                 self.tracker.advance(iteration + 1)
-                self._cadence(iteration + 1, stop=bool(caught))
-                if caught:
-                    raise Interrupted(caught[0], checkpoint.folder_of(self.out, iteration + 1))
+                saved = self._cadence(iteration + 1)
+                if signum := self._agree(caught[0] if caught else 0):
+                    raise Interrupted(signum, saved or self.save())
         return self.progress
 
     def step(self, iteration: int) -> None:
@@ -154,23 +127,17 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if finite:
-            self.progress.updates[turn] += 1
-            self.progress.skipped_in_a_row = 0
+            self.progress.updated(turn)
             if turn == "generator":
                 self.ema.update(self.trio.generator)
         else:
             self._skipped(turn)
 
     def _skipped(self, turn: Turn) -> None:
-        self.progress.skipped += 1
-        self.progress.skipped_in_a_row += 1
-        self.tracker.say(
-            f"iteration {self.progress.iteration}: the {turn}'s gradient is not finite; step skipped "
-            f"({self.progress.skipped_in_a_row} in a row, {self.progress.skipped} in all)"
-        )
-        if self.progress.skipped_in_a_row >= PATIENCE:
+        self.tracker.say(self.progress.skip(turn))
+        if self.progress.skipped_in_a_row[turn] >= PATIENCE:
             raise Diverged(
-                f"{PATIENCE} steps in a row had non-finite gradients, the last in the {turn}'s turn. Lower the "
+                f"{PATIENCE} steps of the {turn} in a row had non-finite gradients. Lower the "
                 f"learning rate (--lr), use --precision fp32 or bf16, or start from the best checkpoint in {self.out}."
             )
 
@@ -212,21 +179,28 @@ class Trainer:
 
     # -- cadences -----------------------------------------------------------------------------------------------
 
-    def _cadence(self, done: int, *, stop: bool) -> None:
-        """After `done` iterations: log, evaluate, save, each when due; everything at the end."""
+    def _cadence(self, done: int) -> Path | None:
+        """After `done` iterations: log, evaluate, save, each when due; everything at the end.  Returns what it saved.
+
+        A stop that was asked for leaves none of it out: the resumed run goes on after this iteration.
+        """
         end = done == self.config.iterations
-        self.progress.seconds = self.tracker.seconds
         if done % self.config.log_every == 0 or end:
             self._log(done)
-        improved = (done % self.config.evaluate_every == 0 or end) and not stop and self._evaluate(done)
-        if improved or stop or end or done % self.config.checkpoint_every == 0:
-            self.save()
+        improved = (done % self.config.evaluate_every == 0 or end) and self._agree(self._evaluate(done))
+        self.progress.seconds = self.tracker.seconds
+        return self.save() if improved or end or done % self.config.checkpoint_every == 0 else None
+
+    def _agree(self, value: int) -> int:
+        """The largest of all processes' values: what one must do (save, stop), all do at the same iteration."""
+        if self.accelerator.num_processes == 1:
+            return value
+        mine = torch.tensor([value], device=self.accelerator.device)
+        return int(torch.as_tensor(self.accelerator.gather(mine)).max())
 
     def _log(self, done: int) -> None:
-        means = {name: torch.stack(values).mean() for name, values in self._sums.items()}
+        means = {name: self._over_processes(torch.stack(values).mean()) for name, values in self._sums.items()}
         self._sums = {}
-        if self.accelerator.num_processes > 1:
-            means = {name: self.accelerator.reduce(value, "mean") for name, value in means.items()}
         row: dict[str, float | int] = {name: float(value) for name, value in sorted(means.items())}
         row |= {"generator_updates": self.progress.updates["generator"], "skipped": self.progress.skipped}
         if self.accelerator.is_main_process:
@@ -240,10 +214,15 @@ class Trainer:
         rank = figures.pop("rank", None)
         self.tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
         self.tracker.say(f"iteration {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if rank is None or (self.progress.best is not None and rank >= self.progress.best["rank"]):
-            return False
-        self.progress.best = {"iteration": done, "rank": rank}
-        return True
+        improved = self.progress.is_best(rank)
+        if rank is not None and improved:
+            self.progress.best = {"iteration": done, "rank": rank}
+        return improved
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        mean = self.accelerator.reduce(value, "mean")
+        assert isinstance(mean, Tensor)
+        return mean
 
     def _collect(self, metrics: Any) -> None:
         for name, value in metrics.items():
@@ -254,15 +233,17 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the present iteration, then delete what `keep` does not cover."""
         folder = checkpoint.folder_of(self.out, self.progress.iteration)
+        unlogged = {name: self._over_processes(torch.stack(v)) for name, v in self._sums.items()}
         if self.accelerator.is_main_process:
-            checkpoint.write(folder, self._state())
+            checkpoint.write(folder, self._state(unlogged))
             best = self.progress.best
             checkpoint.prune(self.out, self.config.keep, int(best["iteration"]) if best else None)
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _state(self) -> checkpoint.Checkpoint:
-        tensors: dict[str, dict[str, Tensor]] = {"ema": self.ema.denoiser.backbone.module.state_dict()}
+    def _state(self, unlogged: dict[str, Tensor]) -> checkpoint.Checkpoint:
+        ema = self.ema.denoiser.backbone.module.state_dict()
+        tensors: dict[str, dict[str, Tensor]] = {"ema": ema, "unlogged": unlogged}
         extra: dict[str, Any] = {}
         for turn, modules in self.players.items():
             for index, module in enumerate(modules):
@@ -276,13 +257,17 @@ class Trainer:
                 "optimizers": extra,
                 "ema_updates": self.ema.updates,
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "prompts": self.data.digest,
             },
         )
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint.  Raises ValueError if it is damaged or of other networks."""
+        """Go on from a checkpoint.  Raises ValueError if it is damaged or of other prompts."""
         saved = checkpoint.read(folder)
+        if saved.state["prompts"] != self.data.digest:
+            raise ValueError(f"{folder} was trained on other prompts; give the old ones, or start another run")
         self.progress = Progress(**saved.state["progress"])
+        self._sums = {k: list(v.to(self.accelerator.device)) for k, v in saved.tensors["unlogged"].items()}
         self.ema.denoiser.backbone.module.load_state_dict(saved.tensors["ema"])
         self.ema.updates = saved.state["ema_updates"]
         for turn, modules in self.players.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,12 +28,10 @@ from fewstep.metrics.features import (
 from fewstep.metrics.frechet import Moments, moments_distance
 from fewstep.teachers.fashion_build.captions import all_captions, balanced_prompts
 from fewstep.teachers.fashion_build.classifier import protocol_hash, protocol_of
-from fewstep.teachers.fashion_build.dit import DIT_PLAN
-from fewstep.teachers.fashion_build.loop import write_json
+from fewstep.teachers.fashion_build.loop import read_notes, write_json
 from fewstep.teachers.fashion_build.model_card import render_card
 from fewstep.teachers.fashion_build.pipeline import encode_captions, euler_sample, load_pipeline, sample_noise
-from fewstep.teachers.fashion_build.text import TEXT_PLAN
-from fewstep.teachers.fashion_build.vae import VAE_PLAN, decode
+from fewstep.teachers.fashion_build.vae import decode
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ STEP_COUNTS = (50, 25, 10, 4, 1)
 GUIDANCES = (1.5, 2.0, 1.0, 3.0, 4.0)
 FEW, MANY = 2000, 10000
 FEW_SEED, MANY_SEED = 0, 1_000_000
-CHUNK = 250
+CHUNK = 100
 
 
 @dataclass(frozen=True)
@@ -54,22 +53,32 @@ class Cell:
 
 
 def measure(pipeline: CogView4Pipeline, model: FashionClassifier, reference: Moments, cell: Cell) -> dict:
-    """Sample a cell in chunks and return its row: the cell, fmd, agreement and seconds."""
+    """Sample a cell in chunks and return its row: the cell, fmd, agreement and seconds.
+
+    Chunks are shared between one worker per CPU thread, each single-threaded, and merged in order.
+    """
     start = time.monotonic()
     captions = all_captions()
     table = dict(zip(captions, encode_captions(pipeline, captions), strict=True))
     empty = encode_captions(pipeline, [""])
-    moments, agreed = Moments.empty(FEATURE_DIM), 0
     channels = pipeline.transformer.config.in_channels
-    for first in range(0, cell.n, CHUNK):
+
+    def chunk(first: int) -> tuple[Moments, int]:
         count = min(CHUNK, cell.n - first)
         prompts, labels = balanced_prompts(count, first)
         noise = sample_noise(count, channels, seed=cell.seed, start=first)
         text = torch.stack([table[prompt] for prompt in prompts])
         latents = euler_sample(pipeline.transformer, noise, text, empty, num_steps=cell.steps, guidance=cell.cfg)
         features, logits = extract(model, decode(pipeline.vae, latents))
-        moments = moments.update(features)
-        agreed += int((logits.argmax(1) == torch.tensor(labels)).sum())
+        return Moments.of(features), int((logits.argmax(1) == torch.tensor(labels)).sum())
+
+    moments, agreed = Moments.empty(FEATURE_DIM), 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads) as pool:
+        for part, hits in pool.map(chunk, range(0, cell.n, CHUNK)):
+            moments, agreed = moments.merge(part), agreed + hits
+    torch.set_num_threads(threads)
     row = {"fmd": moments_distance(moments, reference), "agreement": agreed / cell.n}
     return asdict(cell) | row | {"seconds": round(time.monotonic() - start, 1)}
 
@@ -92,10 +101,10 @@ def pending(rows: list[dict]) -> Cell | None:
     return None
 
 
-def empty_report(out: Path, work: Path) -> dict:
+def empty_report(out: Path) -> dict:
     """teacher.json without rows: the protocol, the weights that it is about, and the VAE's own loss."""
     protocol = protocol_of(out / "fashion-classifier")
-    vae = json.loads((work / "vae-done.json").read_text(encoding="utf-8"))
+    vae = read_notes(out)["vae"]
     folder = out / "fashion-dit"
     return {
         "teacher": "fashion-dit",
@@ -123,11 +132,11 @@ def empty_report(out: Path, work: Path) -> dict:
 def build_card(data: Path, out: Path, work: Path, minutes: float | None = None) -> None:
     """Measure pending cells until none is left or the minutes are spent; the report is rewritten after each.
 
-    data is not read. Rows of an earlier run are kept only if they are about the same weights and protocol.
+    Neither data nor work is read. Rows of an earlier run are kept only if they are about the same weights and protocol.
     """
-    del data
+    del data, work
     path = out / "fashion-dit" / "teacher.json"
-    report = empty_report(out, work)
+    report = empty_report(out)
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if {**stored, "rows": []} == report:
@@ -140,12 +149,11 @@ def build_card(data: Path, out: Path, work: Path, minutes: float | None = None) 
         report["rows"].append(row)
         write_json(path, report)
         log.info("card: %s", row)
-        write_card(report, out, work)
+        write_card(report, out)
     write_json(path, report)
-    write_card(report, out, work)
+    write_card(report, out)
 
 
-def write_card(report: dict, out: Path, work: Path) -> None:
+def write_card(report: dict, out: Path) -> None:
     """Render README.md anew from the report and the stages' notes."""
-    text = render_card(report, out, work, (TEXT_PLAN, VAE_PLAN, DIT_PLAN))
-    (out / "fashion-dit" / "README.md").write_text(text, encoding="utf-8")
+    (out / "fashion-dit" / "README.md").write_text(render_card(report, out), encoding="utf-8")

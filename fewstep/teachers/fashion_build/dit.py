@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fewstep.metrics.features import file_sha256
 from fewstep.teachers.fashion_build.captions import CLASS_NAMES, TEMPLATES, all_captions
 from fewstep.teachers.fashion_build.data import load_pictures
-from fewstep.teachers.fashion_build.loop import Plan, train, write_json, write_tensors
+from fewstep.teachers.fashion_build.loop import Plan, read_notes, train, write_note, write_tensors
 from fewstep.teachers.fashion_build.pipeline import (
     NUM_TRAIN_TIMESTEPS,
     encode_captions,
@@ -30,10 +30,10 @@ from fewstep.teachers.fashion_build.vae import latent_modes, load_vae
 
 log = logging.getLogger(__name__)
 
-BATCH = 128
+BATCH = 64  # of each of the two shards of a step
 DROPOUT = 0.1
 SNAPSHOT_EVERY = 5.0
-DIT_PLAN = Plan(name="dit", minutes=30.0, peak_lr=1.5e-3, warmup=0.03, weight_decay=0.01, ema=0.9995, seed=4)
+DIT_PLAN = Plan(name="dit", minutes=50.0, peak_lr=1.5e-3, warmup=0.03, weight_decay=0.01, ema=0.9995, seed=4, shards=2)
 
 
 def flow_matching_loss(model: nn.Module, x0: Tensor, text: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -80,8 +80,7 @@ def text_encodings(out: Path) -> Tensor:
 
 def build_dit(data: Path, out: Path, work: Path, minutes: float | None = None) -> None:
     """Train the transformer; its averaged weights reach the pipeline folder every five minutes and at the end."""
-    done = work / "dit-done.json"
-    if done.is_file():
+    if "dit" in read_notes(out):
         log.info("dit: finished before")
         return
     torch.manual_seed(DIT_PLAN.seed)
@@ -111,4 +110,4 @@ def build_dit(data: Path, out: Path, work: Path, minutes: float | None = None) -
 
     plan = DIT_PLAN if minutes is None else replace(DIT_PLAN, minutes=minutes)
     save_transformer(train(plan, model, loss_of, work, on_save=snapshot), out)
-    write_json(done, json.loads((work / "dit.json").read_text(encoding="utf-8")) | {"minutes": plan.minutes})
+    write_note(out, work, plan, {})

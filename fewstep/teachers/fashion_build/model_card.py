@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fewstep.teachers.fashion_build.loop import Plan
+from fewstep.teachers.fashion_build.loop import read_notes
 
 HEAD = """\
 ---
@@ -72,22 +72,25 @@ def render_rows(rows: list[dict]) -> str:
     return "".join(line.format(**row) for row in ordered)
 
 
-def render_recipe(out: Path, work: Path, plans: tuple[Plan, ...]) -> str:
-    """Parameters and training cost of each part."""
+def render_recipe(out: Path) -> str:
+    """Parameters, training cost and remarks of each part, from build.json."""
     folder = out / "fashion-dit"
     files = {
-        "text": folder / "text_encoder" / "model.safetensors",
-        "vae": folder / "vae" / "diffusion_pytorch_model.safetensors",
-        "dit": folder / "transformer" / "diffusion_pytorch_model.safetensors",
+        "text": ("text encoder", folder / "text_encoder" / "model.safetensors"),
+        "vae": ("VAE", folder / "vae" / "diffusion_pytorch_model.safetensors"),
+        "dit": ("transformer", folder / "transformer" / "diffusion_pytorch_model.safetensors"),
     }
     lines = ["| part | parameters | steps | minutes | peak learning rate |", "|---|---|---|---|---|"]
-    for plan in plans:
-        spent = json.loads((work / f"{plan.name}.json").read_text(encoding="utf-8"))
-        lines.append(
-            f"| {plan.name} | {_count(files[plan.name]):,} | {spent['iteration']:,} | {spent['seconds'] / 60:.1f} "
-            f"| {plan.peak_lr:g} |"
-        )
-    return "\n".join(lines) + "\n"
+    for stage, note in read_notes(out).items():
+        name, path = files[stage]
+        minutes, rate = note["seconds"] / 60, note["peak_lr"]
+        lines.append(f"| {name} | {_count(path):,} | {note['steps']:,} | {minutes:.1f} | {rate:g} |")
+    remarks = [
+        f"Remark on the {files[stage][0]}: {note['remark']}."
+        for stage, note in read_notes(out).items()
+        if "remark" in note
+    ]
+    return "\n".join([*lines, "", *remarks]) + "\n"
 
 
 def best_guidance(rows: list[dict], steps: int) -> float | None:
@@ -124,14 +127,13 @@ captions give arbitrary clothing. FMD barely notices memorised training images.
 """
 
 
-def render_card(report: dict, out: Path, work: Path, plans: tuple[Plan, ...]) -> str:
+def render_card(report: dict, out: Path) -> str:
     """The whole README.md.
 
-    report: the content of teacher.json.  out: folder of the weights.  work: folder with the stages' notes.  plans: of
-    the stages text, vae and dit.
+    report: the content of teacher.json.  out: folder of the weights.
     """
     classifier = json.loads((out / "fashion-classifier" / "card.json").read_text(encoding="utf-8"))
-    text = json.loads((work / "text-done.json").read_text(encoding="utf-8"))
+    text = read_notes(out)["text"]
     config = json.loads((out / "fashion-dit" / "transformer" / "config.json").read_text(encoding="utf-8"))
     return "".join(
         (
@@ -146,7 +148,7 @@ def render_card(report: dict, out: Path, work: Path, plans: tuple[Plan, ...]) ->
             f"\nThe same figures with full precision and the protocol hash are in teacher.json "
             f"(`{report['protocol_hash'][:16]}`).\n\n",
             DATA.format(captions=10, zero_shot=text["zero_shot_accuracy"], channels=config["in_channels"]),
-            render_recipe(out, work, plans),
+            render_recipe(out),
             LICENCE,
         )
     )

@@ -28,7 +28,7 @@ from fewstep.teachers.fashion_build.captions import (
     build_tokenizer,
 )
 from fewstep.teachers.fashion_build.data import load_pictures
-from fewstep.teachers.fashion_build.loop import Plan, train, write_json, write_tensors
+from fewstep.teachers.fashion_build.loop import Plan, read_notes, train, write_json, write_note, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,7 @@ def caption_tokens(tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
 
 def build_text(data: Path, out: Path, work: Path, minutes: float | None = None) -> None:
     """Write tokenizer/ and text_encoder/ of the pipeline folder and the vision tower into the work folder."""
-    done = work / "text-done.json"
-    if done.is_file():
+    if "text" in read_notes(out):
         log.info("text: finished before")
         return
     tokenizer = build_tokenizer()
@@ -136,8 +135,7 @@ def build_text(data: Path, out: Path, work: Path, minutes: float | None = None) 
     tokenizer.save_pretrained(folder / "tokenizer")
     save_text_encoder(pair.text, folder / "text_encoder")
     write_tensors(work / "vision.safetensors", pair.vision.state_dict())
-    write_json(done, {"minutes": plan.minutes, "zero_shot_accuracy": zero_shot_accuracy(pair, data, tokens, classes)})
-    log.info("text: %s", done.read_text(encoding="utf-8"))
+    write_note(out, work, plan, {"zero_shot_accuracy": zero_shot_accuracy(pair, data, tokens, classes)})
 
 
 def save_text_encoder(encoder: CLIPTextModel, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from fewstep.metrics.features import dequantise, extract, load_fashion_classifier, load_reference
 from fewstep.metrics.frechet import Moments, moments_distance
 from fewstep.teachers.fashion_build.data import load_pictures
-from fewstep.teachers.fashion_build.loop import Plan, train, write_json
+from fewstep.teachers.fashion_build.loop import Plan, read_notes, train, write_note
 from fewstep.teachers.fashion_build.text import VisionTower, load_vision_tower
 
 log = logging.getLogger(__name__)
@@ -118,16 +117,16 @@ def fold_statistics(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     post.weight *= std[None, :, None, None]
 
 
-def reconstruction_fmd(vae: AutoencoderKL, images: Tensor) -> float:
-    """FMD between decode(encode(images)), posterior mean, and the stored training reference.  images: uint8."""
-    features, _ = extract(load_fashion_classifier(), decode(vae, latent_modes(vae, images)))
-    return moments_distance(Moments.of(features), load_reference())
+def reconstruction_fmd(vae: AutoencoderKL, images: Tensor, out: Path) -> float:
+    """FMD between decode(encode(images)), posterior mean, and the training reference stored in out.  images: uint8."""
+    folder = out / "fashion-classifier"
+    features, _ = extract(load_fashion_classifier(folder), decode(vae, latent_modes(vae, images)))
+    return moments_distance(Moments.of(features), load_reference(folder))
 
 
 def build_vae(data: Path, out: Path, work: Path, minutes: float | None = None) -> None:
     """Train, fold the latent statistics, store vae/ in fp16, and measure the gate on the stored weights."""
-    done = work / "vae-done.json"
-    if done.is_file():
+    if "vae" in read_notes(out):
         log.info("vae: finished before")
         return
     pictures, test_set = load_pictures("train", data), load_pictures("t10k", data)
@@ -142,18 +141,18 @@ def build_vae(data: Path, out: Path, work: Path, minutes: float | None = None) -
     def watch(averaged: AutoencoderKL, used: float) -> None:
         decoded = decode(averaged, latent_modes(averaged, test_set.images[:2000]))
         error = F.mse_loss(decoded, dequantise(test_set.images[:2000]))
-        distance = reconstruction_fmd(averaged, test_set.images[:2000])
+        distance = reconstruction_fmd(averaged, test_set.images[:2000], out)
         log.info("vae: %.1f min, mean squared error %.5f, FMD of 2,000 test images %.2f", used, error, distance)
 
     torch.manual_seed(VAE_PLAN.seed)
     plan = VAE_PLAN if minutes is None else replace(VAE_PLAN, minutes=minutes)
     network: AutoencoderKL = cast(Any, new_vae()).to(memory_format=torch.channels_last)
     vae = train(plan, network, loss_of, work, on_save=watch)
-    finish_vae(vae, pictures.images, test_set.images, out, work)
+    finish_vae(plan, vae, pictures.images, test_set.images, out, work)
 
 
-def finish_vae(vae: AutoencoderKL, images: Tensor, test_images: Tensor, out: Path, work: Path) -> None:
-    """Fold, store in fp16, reload in fp32, measure; the gate's figure goes to vae-done.json."""
+def finish_vae(plan: Plan, vae: AutoencoderKL, images: Tensor, test_images: Tensor, out: Path, work: Path) -> None:
+    """Fold, store in fp16, reload in fp32 and note the gate's figure, measured on what was stored."""
     vae = cast(Any, vae).to(memory_format=torch.contiguous_format)
     modes = latent_modes(vae, images)
     fold_statistics(vae, modes.mean((0, 2, 3)), modes.std((0, 2, 3)))
@@ -161,18 +160,14 @@ def finish_vae(vae: AutoencoderKL, images: Tensor, test_images: Tensor, out: Pat
     cast(Any, vae).half().save_pretrained(folder)
     stored = load_vae(out)
     modes = latent_modes(stored, images)
-    content = {
-        "fmd_of_10000_reconstructed_test_images": reconstruction_fmd(stored, test_images),
-        "mean_squared_error": float(
-            F.mse_loss(decode(stored, latent_modes(stored, test_images)), dequantise(test_images))
-        ),
+    decoded = decode(stored, latent_modes(stored, test_images))
+    figures = {
+        "fmd_of_10000_reconstructed_test_images": reconstruction_fmd(stored, test_images, out),
+        "mean_squared_error": float(F.mse_loss(decoded, dequantise(test_images))),
         "latent_mean": modes.mean((0, 2, 3)).tolist(),
         "latent_std": modes.std((0, 2, 3)).tolist(),
-        "parameters": sum(p.numel() for p in stored.parameters()),
-        "training": json.loads((work / "vae.json").read_text(encoding="utf-8")),
     }
-    write_json(work / "vae-done.json", content)
-    log.info("vae: %s", content)
+    write_note(out, work, plan, figures)
 
 
 def load_vae(out: Path) -> AutoencoderKL:

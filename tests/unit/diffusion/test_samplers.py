@@ -110,10 +110,13 @@ def test_deterministic_few_step_is_euler_on_rectified_flow(gaussian):
 
 
 def test_few_step_leaves_gradients_to_its_caller(schedule):
-    """Every step's parameters get one. Fails under a no_grad in the sampler."""
-    scale = torch.tensor(0.5, requires_grad=True)
-    few_step(lambda x_t, t: scale * x_t, torch.ones(2, 1), torch.tensor([0.9, 0.5]), schedule).sum().backward()
-    assert scale.grad is not None and scale.grad != 0
+    """Each step's own parameter gets one. Fails under a no_grad around any step."""
+    scales = [torch.tensor(0.5, requires_grad=True) for _ in range(3)]
+    left = iter(scales)
+    few_step(
+        lambda x_t, t: next(left) * x_t, torch.ones(2, 1), torch.tensor([0.9, 0.5, 0.2]), schedule
+    ).sum().backward()
+    assert all(scale.grad is not None and scale.grad != 0 for scale in scales)
 
 
 def exact_end(denoiser, noise):
@@ -225,10 +228,14 @@ def test_ode_records_no_gradient(gaussian):
 
 
 def test_state_is_carried_in_float32_and_returned_in_the_noises_dtype(gaussian):
-    """bfloat16 noise, 100 steps: rounding every state would leave ~1e-2; the float32 walk is kept and rounded once."""
-    schedule, grid = RectifiedFlow(), time_grid(100, clean_end=True)
-    low = ode(gaussian(schedule), TWO.bfloat16(), grid, EVERYONE)
-    assert torch.equal(low, ode(gaussian(schedule), TWO.float(), grid, EVERYONE).bfloat16())
+    """bfloat16 noise walks as its float32 copy does, bit for bit, and the end alone is rounded.
+
+    Fails if the state or the stride is kept in the noise's dtype.
+    """
+    denoiser, grid = gaussian(RectifiedFlow()), time_grid(7, clean_end=True)
+    low, high = (list(trajectory(denoiser, noise, grid, EVERYONE)) for noise in (TWO.bfloat16(), TWO.float()))
+    assert all(torch.equal(a.x_t, b.x_t) and torch.equal(a.x_next, b.x_next) for a, b in zip(low, high))
+    assert torch.equal(ode(denoiser, TWO.bfloat16(), grid, EVERYONE), high[-1].x_next.bfloat16())
 
 
 def test_trajectory_is_a_chain_over_the_grid(schedule, gaussian):

@@ -216,13 +216,13 @@ def test_schedules_can_live_in_a_config(schedule):
     assert hash(again) == hash(schedule)
 
 
-def test_a_table_first_used_under_inference_mode_can_train_later():
-    """Fails without inference_mode(False) around the table."""
+def test_a_table_made_under_inference_mode_can_train_later():
+    """Its values are cached, and autograd must not save an inference tensor. Fails if the table is multiplied as is."""
     with torch.inference_mode():
         table = VPTable.scaled_linear()
-    x = torch.ones(1, 2, requires_grad=True)
-    table.add_noise(x, torch.zeros(1, 2), torch.tensor([0.5])).sum().backward()
-    assert x.grad is not None
+    x, t = torch.ones(1, 2, requires_grad=True), torch.tensor([0.5], requires_grad=True)
+    table.add_noise(x, torch.zeros(1, 2), t).sum().backward()
+    assert x.grad is not None and t.grad is not None
 
 
 def test_a_zero_terminal_snr_table_is_refused():

@@ -2,16 +2,18 @@
 
 import gzip
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
-from fewstep.metrics.features import dequantise, quantise
+from fewstep.metrics.features import FashionClassifier, dequantise, extract, quantise
 from fewstep.teachers.fashion_build import captions, loop, vae
 from fewstep.teachers.fashion_build.__main__ import DEFAULT_OUT
 from fewstep.teachers.fashion_build.card import FEW, MANY, pending
+from fewstep.teachers.fashion_build.classifier import REFERENCE_TRACE, fix_gauge
 from fewstep.teachers.fashion_build.data import load_pictures, read_idx
 from fewstep.teachers.fashion_build.dit import draw_captions, flow_matching_loss
 from fewstep.teachers.fashion_build.pipeline import (
@@ -69,6 +71,30 @@ def test_bytes_survive_the_way_through_floats():
     """quantise(dequantise(b)) = b for all 256 bytes, so measured pictures are those of a file."""
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(quantise(dequantise(levels)), levels)
+
+
+def test_features_are_those_of_the_quantised_picture():
+    """A float picture and the bytes it is stored as have equal features, whatever the batch size."""
+    torch.manual_seed(0)
+    model = FashionClassifier().eval().requires_grad_(False)
+    images = torch.rand(5, 1, 32, 32) * 2.4 - 1.2
+    features, logits = extract(model, images)
+    again, _ = extract(model, quantise(images), batch_size=2)
+    assert features.shape == (5, 128) and logits.shape == (5, 10)
+    assert_close(again, features, atol=1e-5, rtol=1e-5)
+    assert float((model(images)[0] - features).abs().max()) > 1e-4
+
+
+def test_scale_of_the_features_is_fixed_without_changing_the_classifier():
+    """Features times c, logits unchanged: the ReLU between them is homogeneous."""
+    torch.manual_seed(0)
+    model = FashionClassifier().eval().requires_grad_(False)
+    images = torch.rand(4, 1, 32, 32) * 2 - 1
+    features, logits = extract(model, images)
+    fix_gauge(model, trace=4 * REFERENCE_TRACE)
+    scaled, unchanged = extract(model, images)
+    assert_close(scaled, features / 2)
+    assert_close(unchanged, logits)
 
 
 def test_every_caption_word_is_one_token_and_fits():
@@ -178,6 +204,23 @@ def test_a_stopped_training_ends_where_an_unbroken_one_does(tmp_path):
         run(tmp_path / "broken", kill_at=4)
     again = run(tmp_path / "broken")
     assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
+
+
+def test_sharded_gradient_is_the_mean_over_the_shards():
+    """Three shards draw differently, their gradients are averaged, and running them in threads changes nothing."""
+    model = torch.nn.Linear(3, 2)
+
+    def loss_of(net, generator):
+        return (net.weight * torch.randn(2, 3, generator=generator)).sum()
+
+    plan = loop.Plan(name="stage", minutes=1, peak_lr=0.1, seed=7, shards=3)
+    with ThreadPoolExecutor(2) as pool:
+        loop.step_gradient(plan, model, loss_of, 5, pool)
+    seeds = [(7 * 1_000_003 + 5) * 64 + shard for shard in range(3)]
+    expected = torch.stack([torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).mean(0)
+    assert model.weight.grad is not None
+    assert_close(model.weight.grad, expected)
+    assert model.bias.grad is None
 
 
 def test_cells_are_measured_in_order_of_value():

@@ -96,6 +96,8 @@ def test_classes_select_components_and_null_means_all():
     only_1 = MixtureNet(means[1:], FLOW, std=std[1:], weights=weights[1:])
     expected = torch.cat([only_0(x_t[:1], t[:1]), only_1(x_t[:1], t[:1]), net(x_t[:1], t[:1])])
     assert_close(x0, expected, atol=1e-12, rtol=0)
+    of_1 = Condition({"class": torch.tensor([1])})
+    assert_close(net.log_density(x_t[:1], t[:1], of_1), only_1.log_density(x_t[:1], t[:1]), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("label", [-1, 0, 1])

@@ -1,0 +1,70 @@
+"""Writes index.json: names, fields and one-line descriptions for `fewstep list`, so that listing needs no torch.
+
+python -m fewstep.index      # after adding a method or teacher; a test fails until it was run
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).parent / "index.json"
+
+
+def build_index() -> dict[str, Any]:
+    """The registries' content as plain data."""
+    import fewstep.api  # noqa: F401 - registers everything that comes with the package
+    from fewstep.objectives.base import METHODS
+    from fewstep.teachers.base import TEACHERS
+
+    return {
+        "methods": {
+            name: {"summary": _summary(METHODS.get(name)), "fields": _fields(METHODS.get(name))}
+            for name in METHODS.names()
+        },
+        "teachers": {name: _summary(TEACHERS.get(name)) for name in TEACHERS.names()},
+    }
+
+
+def _summary(thing: Any) -> str:
+    return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _fields(cls: type) -> list[dict[str, str]]:
+    """Name, type, default and trailing comment (the default's source) of each field, inherited ones too."""
+    notes: dict[str, str] = {}
+    for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
+        notes |= _comments(owner)
+    return [
+        {"name": f.name, "type": str(f.type), "default": _shown(f.default), "note": notes.get(f.name, "")}
+        for f in dataclasses.fields(cls)
+    ]
+
+
+def _shown(default: Any) -> str:
+    if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return ", ".join(f"{f.name}={getattr(default, f.name)}" for f in dataclasses.fields(default))
+    return str(default)
+
+
+def _comments(cls: type) -> dict[str, str]:
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines = source.splitlines()
+    (body,) = ast.parse(source).body
+    assert isinstance(body, ast.ClassDef)
+    fields = [node for node in body.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    found = {}
+    for node in fields:
+        _, mark, comment = lines[node.lineno - 1].partition("  # ")
+        if mark and isinstance(node.target, ast.Name):
+            found[node.target.id] = comment.strip()
+    return found
+
+
+if __name__ == "__main__":
+    PATH.write_text(json.dumps(build_index(), indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,349 @@
+"""Users' mistakes: exit code 2, one message that names the value and what is allowed or to be done, no traceback.
+
+Almost all run in this process; `test_fresh_process_...` shows that a real one ends the same way.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewstep.training import checkpoint
+
+
+def refused(result, *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds every word."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    missing = [word for word in words if word not in lines[0]]
+    assert not missing, (missing, lines[0])
+
+
+FLAGS = {
+    "teacher": (["--teacher", "mixtur"], ["'mixtur'", "Did you mean 'mixture'?", "gaussian", "--plugin"]),
+    "teacher-path": (["--teacher", "/no/such/folder"], ["'/no/such/folder'", "Known:", "mixture"]),
+    "hub-id": (["--teacher", "nobody/nothing"], ["'nobody/nothing'"]),
+    "method": (["--method", "dmd3"], ["'dmd3'", "Did you mean 'dmd2'?", "Known: dmd2"]),
+    "steps-negative": (["--num-steps", "-2"], ["num_steps must be >= 1", "-2"]),
+    "steps-zero": (["--num-steps", "0"], ["num_steps must be >= 1", "0"]),
+    "iterations": (["--iterations", "0"], ["iterations must be >= 1", "0"]),
+    "batch": (["--batch-size", "0"], ["batch_size must be >= 1", "0"]),
+    "lr-negative": (["--lr", "-1e-4"], ["lr must be a positive finite number", "-0.0001"]),
+    "lr-nan": (["--lr", "nan"], ["lr must be a positive finite number", "nan"]),
+    "lr-infinite": (["--lr", "inf"], ["lr must be a positive finite number", "inf"]),
+    "sharing": (["--sharing", "lora"], ["train.sharing", "'lora'", "'copies'"]),
+    "device": (["--device", "tpu"], ["train.device", "'tpu'", "'cpu', 'cuda' or 'mps'"]),
+    "precision": (["--precision", "fp8"], ["train.precision", "'fp8'", "'fp32', 'bf16' or 'fp16'"]),
+    "resume-and-overwrite": (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
+    "resume-nothing": (["--resume"], ["no run to resume", "config.yaml is missing", "leave --resume out"]),
+    "config-missing": (["--config", "nowhere.yaml"], ["no configuration file at nowhere.yaml"]),
+    "prompts-missing": (["--prompts", "nowhere.txt"], ["no prompt file at nowhere.txt", "one prompt per line"]),
+    "plugin-missing": (["--plugin", "nowhere.py"], ["no plugin file at nowhere.py", "path of a Python file"]),
+}
+
+SETTINGS = {
+    "unknown": ("method.guidence=2", ["method.guidence", "Did you mean 'guidance'?", "method.num_steps"]),
+    "unknown-section": ("trian.seed=1", ["trian", "Did you mean 'train'?", "teacher, method, train, prompts"]),
+    "unknown-nested": ("train.generator.lrr=1", ["train.generator.lrr", "Did you mean 'lr'?"]),
+    "wrong-type": ("train.batch_size=many", ["train.batch_size", "'many'", "valid integer"]),
+    "fraction": ("train.iterations=2.5", ["train.iterations", "2.5", "integer"]),
+    "no-value": ("train.batch_size", ["'train.batch_size'", "section.name=value"]),
+    "section-as-value": ("train=5", ["train must hold named values", "5"]),
+    "broken-yaml": ("train.generator.lr={a", ["train.generator.lr={a"]),
+    "guidance": ("method.guidance=0", ["guidance must be a positive finite number", "0"]),
+    "guidance-without-null": ("method.guidance=2", ["method.guidance = 2", "no unconditional branch", "guidance=1"]),
+    "indices": ("method.max_index=1000", ["1000", "high_index < count"]),
+    "turns": ("method.turns.critic_per_generator=0", ["critic_per_generator must be >= 1", "0"]),
+    "accumulate": ("train.accumulate=3", ["batch_size 4", "not a multiple of accumulate 3"]),
+    "ema": ("train.ema=1", ["ema must be in [0, 1)", "1"]),
+    "betas": ("train.generator.betas=[0.9,1.0]", ["betas must lie in [0, 1)", "1.0"]),
+    "prompts-number": ("prompts=5", ["prompts = 5", "path of a text file"]),
+    "teacher-option": ("teacher.modez=3", ["'gaussian'", "modez"]),
+    "teacher-schedule": ("teacher.schedule=cosine", ["'cosine'", "flow, vp, edm, trig"]),
+    "mean-ragged": ("teacher.mean=[[1,2],[3]]", ["mean", "numbers of one shape"]),
+    "cov-shape": ("teacher.cov=[[1,0,0],[0,1,0]]", ["covs must be", "got [1, 2, 3]"]),
+    "mean-nan": ("teacher.mean=[.nan,0]", ["mean", "not finite"]),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_wrong_flag_is_refused(cli, toy, tmp_path, case):
+    flags, words = FLAGS[case]
+    refused(cli(*toy, "--out", tmp_path / "run", *flags), *words)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_wrong_setting_is_refused(cli, toy, tmp_path, case):
+    setting, words = SETTINGS[case]
+    refused(cli(*toy, "--out", tmp_path / "run", "--set", setting), *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--device", "cuda"], ["device 'cuda' is not available here", "usable: auto, cpu"]),
+        (["--precision", "fp16"], ["precision 'fp16' needs a CUDA device", "use fp32, or bf16"]),
+    ],
+    ids=["cuda", "fp16"],
+)
+def test_hardware_that_is_not_there_is_refused(cli, toy, tmp_path, flags, words):
+    refused(cli(*toy, "--out", tmp_path / "run", *flags), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distill"], ["no teacher named", "--teacher NAME"]),
+        (["distill", "--teacher", "gaussian"], ["no method named", "--method NAME"]),
+        (["list", "nonsense"], ["'nonsense'", "teachers, methods, runs, dmd2"]),
+        (["list", "runs", "--runs", "nowhere"], ["no folder nowhere", "--runs"]),
+        (["sample", "nowhere"], ["no run at nowhere", "config.yaml is missing", "fewstep list runs"]),
+        (["eval", "nowhere"], ["no run at nowhere", "config.yaml is missing"]),
+        (["export", "nowhere", "--to", "somewhere"], ["no run at nowhere", "config.yaml is missing"]),
+    ],
+    ids=["no-teacher", "no-method", "list", "list-runs", "sample", "eval", "export"],
+)
+def test_command_without_its_object_is_refused(cli, arguments, words):
+    refused(cli(*arguments), *words)
+
+
+FILES = {
+    "prompts-empty": ("--prompts", "p.txt", b"\n  \n", ["p.txt holds no prompt", "one per line"]),
+    "prompts-latin1": ("--prompts", "p.txt", b"caf\xe9\n", ["p.txt is not UTF-8", "save it as UTF-8"]),
+    "config-broken": ("--config", "c.yaml", b"train: [1\n", ["c.yaml is not valid YAML"]),
+    "config-list": ("--config", "c.yaml", b"- 1\n- 2\n", ["c.yaml must hold a mapping", "teacher, method, train"]),
+    "config-section": ("--config", "c.yaml", b"trainer: {seed: 1}\n", ["trainer", "Did you mean 'train'?"]),
+    "config-binary": ("--config", "c.yaml", b"\xff\xfe\x00", ["c.yaml"]),
+    "plugin-text": ("--plugin", "p.txt", b"hello", ["p.txt is not a Python file", ".py"]),
+    "plugin-syntax": ("--plugin", "p.py", b"x = 1\ndef f(:\n", ["p.py is not valid Python", "line 2"]),
+    "plugin-binary": ("--plugin", "p.py", b"x = '\xff\xfe'", ["p.py is not valid Python"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_file_that_cannot_be_read_is_refused(cli, toy, tmp_path, case):
+    flag, name, content, words = FILES[case]
+    (tmp_path / name).write_bytes(content)
+    refused(cli(*toy, "--out", tmp_path / "run", flag, tmp_path / name), *words)
+
+
+def test_out_that_is_a_file_is_refused(cli, toy, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    refused(cli(*toy, "--out", tmp_path / "run"), "run is a file", "--out takes a folder")
+    refused(cli(*toy, "--out", tmp_path / "run" / "below"), str(tmp_path / "run"))
+
+
+def test_existing_run_is_refused(cli, toy, toy_run):
+    refused(cli(*toy, "--out", toy_run), "exists and is not empty", "--resume", "--overwrite")
+
+
+def test_overwriting_a_folder_without_a_run_is_refused_and_deletes_nothing(cli, toy, tmp_path):
+    """Fails if --overwrite takes any folder: a mistyped --out would lose somebody's "checkpoints"."""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    refused(cli(*toy, "--out", tmp_path, "--overwrite"), "holds files but no run", "--overwrite deletes runs only")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_mistake_beside_overwrite_does_not_cost_the_old_run(cli, toy, toy_run, tmp_path):
+    """Fails if the folder is cleared before the teacher is loaded."""
+    run = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    refused(cli(*toy, "--out", run, "--overwrite", "--teacher", "gausian"), "Did you mean 'gaussian'?")
+    assert checkpoint.newest_valid(run) is not None
+
+
+def test_resume_with_another_setting_is_refused(cli, toy, toy_run):
+    refused(cli(*toy, "--out", toy_run, "--resume", "--seed", "7"), "train.seed: 0 -> 7", "another --out")
+
+
+# -- teacher folders ----------------------------------------------------------------------------------------------
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Damage a copy of a pipeline folder."""
+    index, weights = folder / "model_index.json", folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if how == "no-index":
+        index.unlink()
+    elif how == "index-broken":
+        index.write_text("{")
+    elif how == "index-list":
+        index.write_text("[1]")
+    elif how == "unknown-class":
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "CogView9Pipeline"}))
+    elif how == "pickle":
+        (folder / "vae" / "weights.pkl").write_bytes(b"\x80\x04.")
+    elif how == "pytorch-bin":
+        weights.rename(weights.with_suffix(".bin"))
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif how == "empty":
+        weights.write_bytes(b"")
+    elif how == "missing":
+        weights.unlink()
+    elif how == "karras":
+        config = folder / "scheduler" / "scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_karras_sigmas": True}))
+    else:
+        tensors = load_file(weights)
+        name = next(k for k, v in tensors.items() if v.ndim == 2)
+        tensors[name] = torch.full_like(tensors[name], torch.nan) if how == "nan" else tensors[name][:-1].contiguous()
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+
+SPOILT = {
+    "no-index": ["no diffusers pipeline folder", "model_index.json is missing"],
+    "index-broken": ["model_index.json does not parse"],
+    "index-list": ["names no pipeline class"],
+    "unknown-class": ["'CogView9Pipeline'", "Did you mean 'CogView4Pipeline'?"],
+    "pickle": ["pickled weights", "vae/weights.pkl", "safe_serialization=True"],
+    "pytorch-bin": ["pickled weights", "diffusion_pytorch_model.bin"],
+    "truncated": ["cannot load the pipeline"],
+    "empty": ["cannot load the pipeline"],
+    "missing": ["cannot load the pipeline"],
+    "karras": ["use_karras_sigmas", "must only be shifted"],
+    "nan": ["non-finite weights", "transformer."],
+    "shapes": ["cannot load the pipeline"],
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_spoilt_pipeline_folder_is_refused(cli, pipeline_folder, tmp_path, how):
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "teacher"))
+    spoil(folder, how)
+    refused(
+        cli("distill", "--teacher", folder, "--method", "dmd2", "--device", "cpu", "--out", tmp_path / "run"),
+        *SPOILT[how],
+        str(folder) if how not in ("karras", "unknown-class") else "",
+    )
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_non_finite_weights_of_any_part_are_refused(cli, pipeline_folder, tmp_path, part):
+    """Fails if only the transformer is looked at."""
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "teacher"))
+    (weights,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors = {k: torch.full_like(v, torch.inf) if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    refused(
+        cli("distill", "--teacher", folder, "--method", "dmd2", "--device", "cpu", "--out", tmp_path / "run"),
+        "non-finite weights",
+        f"{part}.",
+    )
+
+
+def test_unknown_option_of_a_pipeline_is_refused(cli, pipeline_folder, tmp_path):
+    arguments = [
+        "--teacher",
+        pipeline_folder,
+        "--method",
+        "dmd2",
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "teacher.modes=3",
+    ]
+    refused(cli("distill", *arguments), str(pipeline_folder), "modes")
+
+
+# -- finished runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["sample", "eval", "export"])
+def test_unknown_checkpoint_name_is_refused(cli, toy_run, tmp_path, command):
+    further = ["--to", tmp_path / "x"] if command == "export" else []
+    refused(cli(command, toy_run, "--which", "first", *further), "--which 'first'", "best, last")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "-n", "0"], ["n must be >= 1, got 0"]),
+        (["sample", "--num-steps", "-1"], ["num_steps must be >= 1, got -1"]),
+        (["sample", "--out", "picture.txt"], [".txt"]),
+        (["eval", "-n", "0"], ["n must be >= 1, got 0"]),
+    ],
+    ids=["n", "steps", "extension", "eval-n"],
+)
+def test_wrong_question_to_a_run_is_refused(cli, toy_run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    refused(cli(arguments[0], toy_run, *arguments[1:]), *words)
+
+
+def test_export_into_an_existing_folder_is_refused(cli, pipeline_run, tmp_path):
+    refused(cli("export", pipeline_run, "--to", tmp_path), str(tmp_path), "choose a folder that does not exist")
+
+
+def test_export_of_a_closed_form_student_is_refused(cli, toy_run, tmp_path):
+    refused(cli("export", toy_run, "--to", tmp_path / "x"), "'gaussian'", "fewstep.load_student")
+    assert not (tmp_path / "x").exists()
+
+
+def test_evaluation_of_a_teacher_without_one_is_refused(cli, pipeline_run):
+    refused(cli("eval", pipeline_run), "brings no evaluation", "fewstep sample")
+
+
+@pytest.mark.parametrize("kind", ["toy_run", "pipeline_run"])
+def test_student_that_gives_nan_is_refused(cli, request, tmp_path, kind):
+    """Fails if decoding takes what is not finite: the picture would be black, or the scatter plot a traceback."""
+    run = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "run"))
+    newest = checkpoint.newest_valid(run)
+    saved = checkpoint.read(newest)
+    ema = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in saved.tensors["ema"].items()}
+    checkpoint.write(newest, checkpoint.Checkpoint({**saved.tensors, "ema": ema}, saved.state))
+    refused(cli("sample", run, "-n", "2", "--which", "last"), "not finite", "diverged")
+    assert not (run / "samples.png").exists()
+
+
+def test_run_with_damaged_checkpoints_is_refused(cli, toy_run, tmp_path):
+    run = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    for path in run.glob("checkpoints/*/ema.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    refused(cli("sample", run), "no valid checkpoint")
+
+
+def test_broken_run_in_a_list_is_named(cli, toy_run, tmp_path):
+    run = Path(shutil.copytree(toy_run, tmp_path / "runs" / "broken"))
+    (run / "config.yaml").write_text("train: [1\n")
+    refused(cli("list", "runs", "--runs", tmp_path / "runs"), str(run), "cannot be listed")
+
+
+def test_runaway_learning_rate_ends_with_advice_and_no_traceback(cli, toy, tmp_path):
+    """Not a mistake of form, so exit code 1: the run started, and diverged."""
+    done = cli(*toy, "--out", tmp_path / "run", "--lr", "1e30", "--iterations", "60", "--set", "train.log_every=60")
+    assert done.exit_code == 1, done.output
+    assert "Traceback" not in done.output
+    assert "diverged" in done.stderr or "non-finite" in done.stderr
+
+
+# -- real processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["parser", "setting", "plugin"])
+def test_fresh_process_ends_with_code_2_and_no_traceback(shell, toy, tmp_path, case):
+    (tmp_path / "p.py").write_text("def f(:\n")
+    flags = {
+        "parser": ["--num-steps", "many"],
+        "setting": ["--set", "train.batch_size=many"],
+        "plugin": ["--plugin", tmp_path / "p.py"],
+    }[case]
+    done = shell(*toy, "--out", tmp_path / "run", *flags)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    named = {"parser": "'--num-steps'", "setting": "'many'", "plugin": "p.py is not valid Python (line 1)"}
+    assert named[case] in done.stderr
+    assert not done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_flags_answer_without_torch(shell, tmp_path):
+    """Fails if the command line imports torch: this takes 3-4 s more, and the broken torch put in its way shows it."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = shell("list", "nonsense", PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
+    assert done.returncode == 2
+    assert "allowed: teachers, methods, runs, dmd2" in done.stderr

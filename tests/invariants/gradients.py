@@ -1,0 +1,119 @@
+"""Gradients of both turns before any optimiser, in float64; run as a script it is one rank of a process group."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fewstep.models.trio import Trio
+from fewstep.objectives.base import Turns
+from fewstep.objectives.dmd2 import DMD2
+from fewstep.teachers import mixture
+from fewstep.training.data import PromptData
+from fewstep.training.options import TrainConfig
+from fewstep.training.progress import Interrupted
+from fewstep.training.trainer import Trainer
+from fewstep.types import Turn
+
+ITERATIONS = 3
+MEANS, COVS = [[1.0, -0.5, 0.2], [-1.0, 0.5, 0.1]], [0.1, 0.3]
+Steps = list[int]
+"""The step index of every rollout, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched(DMD2):
+    """DMD2 that notes which step each rollout trained."""
+
+    steps: Any = None
+
+    def rollout(self, trio, batch, rng):
+        made = super().rollout(trio, batch, rng)
+        self.steps.append(made.step)
+        return made
+
+
+class Gradients(Trainer):
+    """A trainer that keeps each turn's gradient and never steps, so that all iterations see the same weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: dict[str, Tensor] = {}
+
+    def _descend(self, turn: Turn, optimizer: Any, clip: float) -> None:
+        for name, p in self.players[turn].named_parameters():
+            assert p.grad is not None
+            key = f"{self.progress.iteration}.{turn}.{name.replace('backbone.module.module', 'backbone.module')}"
+            self.seen[key] = p.grad.clone()  # DDP adds one "module" to the names
+        optimizer.zero_grad(set_to_none=True)
+
+
+def make(cls: type[Trainer], out: Path, num_steps: int, **train: Any) -> tuple[Any, Steps]:
+    """A trainer of a float64 trio around a two-class mixture, and the list that collects step indices."""
+    teacher = mixture(MEANS, COVS, classes=[0, 1], fit_steps=0)
+    steps: Steps = []
+    objective = Watched(num_steps=num_steps, guidance=2.0, turns=Turns(critic_per_generator=1), steps=steps)
+    trio = Trio.build(teacher.denoiser, objective.roles, init=teacher.student)
+    trio.generator.double(), trio.critic().double()
+    with torch.no_grad():  # a fake score that differs from the generator, or its gradient would be special
+        for i, p in enumerate(trio.critic().parameters()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
+    data = PromptData(teacher.prompts, teacher.encode, teacher.shape, 0)
+    config = TrainConfig(batch_size=8, device="cpu", **train)
+    return cls(config, trio, objective, data, out=out, accelerator=Accelerator(cpu=True)), steps
+
+
+def gradients(out: Path, num_steps: int, accumulate: int = 1) -> tuple[dict[str, Tensor], Steps]:
+    """Every parameter's gradient at each turn of ITERATIONS iterations, and all step indices."""
+    trainer, steps = make(Gradients, out, num_steps, accumulate=accumulate)
+    for iteration in range(ITERATIONS):
+        trainer.progress.iteration = iteration
+        trainer.step(iteration)
+    return trainer.seen, steps
+
+
+def relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest over parameters of |a - b| / |b| (norms); infinite if one of them does not train at all."""
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in a)
+
+
+class Judge:
+    """A monitor by which the student is best the first time."""
+
+    def evaluate(self, student: Any, iteration: int) -> dict[str, float]:
+        return {"rank": float(iteration)}
+
+
+def stopped(out: Path) -> str:
+    """Train until SIGTERM, which only the last rank gets: the reason this rank stopped for."""
+    trainer, _ = make(Trainer, out, 1, checkpoint_every=100, evaluate_every=2, log_every=1, iterations=100)
+    trainer.monitor, step = Judge(), trainer.step
+
+    def signalled(iteration: int) -> None:
+        step(iteration)
+        if iteration == 4 and trainer.accelerator.process_index:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.step = signalled
+    try:
+        trainer.run()
+    except Interrupted as stop:
+        return str(stop)
+    return "not stopped"
+
+
+if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    for n in (1, 4):
+        seen, step_indices = gradients(folder, n)
+        torch.save((seen, step_indices), folder / f"gradients{n}.{rank}.pt")
+    (folder / f"stopped.{rank}.json").write_text(json.dumps(stopped(folder)))
+    torch.distributed.destroy_process_group()

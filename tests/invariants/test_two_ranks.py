@@ -1,0 +1,65 @@
+"""Two processes are one: the same gradients, the same step index, and they stop together."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.invariants import gradients as script
+from tests.invariants.conftest import ENVIRONMENT
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two gloo processes saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script.__file__, str(folder)],
+            env={**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return folder
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_two_gloo_ranks_give_the_gradient_of_one_process(num_steps: int, ranks: Path, tmp_path: Path):
+    """Both turns, every parameter; float64, so only the order of 8 terms differs.
+
+    Fails with both ranks on the same samples (`_micro_batches` without the process index), and for 4 steps with a step
+    index keyed by the samples.
+    """
+    one, steps = script.gradients(tmp_path, num_steps)
+    for rank in range(2):
+        two, their_steps = torch.load(ranks / f"gradients{num_steps}.{rank}.pt")
+        assert script.relative_error(two, one) < 1e-10
+        assert their_steps == steps
+    assert len(set(steps)) > 1 or num_steps == 1
+
+
+def test_signal_to_one_rank_stops_both_at_the_same_iteration(ranks: Path):
+    """The main process alone evaluates and finds a new best, the other alone gets SIGTERM: both save, both stop.
+
+    Fails by hanging when only the rank that knows goes into `save`: the other waits in the next all-reduce.
+    """
+    said = [json.loads((ranks / f"stopped.{rank}.json").read_text()) for rank in range(2)]
+    assert said[0] == said[1] and "stopped by signal 15" in said[0]
+    names = sorted(path.name for path in (ranks / "checkpoints").iterdir())
+    assert names == ["00000002", "00000005"]  # the best, which `keep` covers too, and the last

@@ -1,0 +1,117 @@
+"""Backward simulation (T11 of the DMD family's catalogue)."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from fewstep.diffusion import EDM, RectifiedFlow, VPTable
+from fewstep.models.denoiser import Backbone, Denoiser
+from fewstep.objectives.rollout import StudentSampler, backward_simulation
+from fewstep.rng import Rng
+from fewstep.types import Batch, Condition
+
+SCHEDULES = {"flow": RectifiedFlow(), "vp": VPTable.scaled_linear(), "edm": EDM()}
+
+
+class Recorder(Backbone):
+    """Answers x0 = q with one parameter, and remembers what it was asked."""
+
+    def __init__(self, q: float) -> None:
+        super().__init__(nn.Linear(1, 1))
+        self.q = nn.Parameter(torch.tensor(q))
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
+
+    def network_time(self, t):
+        return t
+
+    def forward(self, x, network_time, cond):
+        self.seen.append((x.detach().clone(), network_time.clone(), torch.is_grad_enabled()))
+        return self.q * torch.ones_like(x)
+
+
+def roll(schedule, iteration, num_steps, *, stochastic=True, size=400, ids=None):
+    net = Recorder(0.7)
+    generator = Denoiser(net, schedule, "x0")
+    ids = range(size) if ids is None else ids
+    batch = Batch(Condition(), (5,), tuple(ids))
+    rollout = backward_simulation(
+        generator, batch, Rng(0, iteration, "generator", tuple(ids)), StudentSampler(num_steps, stochastic)
+    )
+    return net, rollout
+
+
+def rolls_by_step(schedule, num_steps, **options):
+    """One rollout of every step index (the index is random by iteration)."""
+    found = {}
+    for iteration in range(60):
+        net, rollout = roll(schedule, iteration, num_steps, **options)
+        found.setdefault(rollout.step, (net, rollout))
+        if len(found) == num_steps:
+            return found
+    raise AssertionError(f"only steps {sorted(found)} were drawn in 60 iterations")
+
+
+def test_four_vp_steps_are_dmd2s():
+    indices = StudentSampler(4).grid(VPTable.scaled_linear()) * 999
+    assert indices.round().tolist() == [999, 749, 499, 249]
+    assert StudentSampler(4).grid(RectifiedFlow()).tolist() == [1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_trained_step_sees_the_students_own_noised_sample(name):
+    """T11: the input of step k has mean alpha q and standard deviation sigma.  Fails if real data are noised instead."""
+    schedule = SCHEDULES[name]
+    for step, (net, _) in rolls_by_step(schedule, 4).items():
+        x, t, _ = net.seen[-1]
+        at = schedule.at(t[:1])
+        alpha, sigma = (at.alpha.item(), at.sigma.item()) if step else (0.0, schedule.prior(torch.ones(1)).item())
+        # 2000 normals: the standard errors are sigma / 45 and sigma / 63; five of them are allowed.
+        assert x.mean().item() == pytest.approx(alpha * 0.7, abs=sigma / 9)
+        assert x.std().item() == pytest.approx(sigma, rel=0.08)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_first_step_is_pure_noise_independent_of_the_generator(name):
+    """At t = 1 the input is prior(eps), without alpha x0 even where alpha is not 0 (VP: .068)."""
+    schedule = SCHEDULES[name]
+    net, rollout = rolls_by_step(schedule, 4)[0]
+    assert len(net.seen) == 1 and rollout.step == 0
+    noise = Rng(0, 0, "generator", (0,)).randn("rollout.noise", (5,))
+    single, _ = roll(schedule, 0, 1, size=1)
+    assert_close(single.seen[0][0], schedule.prior(noise))
+
+
+def test_only_the_last_step_has_gradient():
+    """Fails if the prefix is not under no_grad: memory would grow with the steps and gradients would differ."""
+    for step, (net, rollout) in rolls_by_step(RectifiedFlow(), 4).items():
+        assert [grad for *_, grad in net.seen] == [False] * step + [True]
+        rollout.x.sum().backward()
+        assert net.q.grad.item() == pytest.approx(rollout.x.numel())
+
+
+def test_the_critics_rollout_has_no_gradient_at_all():
+    with torch.no_grad():
+        net, rollout = roll(RectifiedFlow(), 0, 4)
+    assert not rollout.x.requires_grad and not any(grad for *_, grad in net.seen)
+
+
+def test_every_sample_and_every_rank_takes_the_same_step():
+    """Fails if the index is keyed by sample: ranks would disagree and wait for each other for ever."""
+    steps = {roll(RectifiedFlow(), 7, 8, ids=ids)[1].step for ids in ((0, 1), (2, 3), (1000,))}
+    assert len(steps) == 1
+
+
+def test_each_step_is_drawn_equally_often():
+    counts = torch.bincount(
+        torch.tensor([roll(RectifiedFlow(), i, 4, size=1)[1].step for i in range(400)]), minlength=4
+    )
+    # Binomial(400, 1/4): mean 100, standard deviation 8.7; four of them are allowed.
+    assert ((counts - 100).abs() < 35).all()
+
+
+def test_deterministic_renoising_keeps_the_noise():
+    """x_t' = alpha' x0 + sigma' eps with the eps that x_t holds: on rectified flow an Euler step."""
+    net, _ = rolls_by_step(RectifiedFlow(), 2, stochastic=False)[1]
+    (first, _, _), (second, _, _) = net.seen
+    assert_close(second, 0.5 * 0.7 + 0.5 * first)

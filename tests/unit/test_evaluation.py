@@ -1,0 +1,98 @@
+"""The table that says how good a student is."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from torch.testing import assert_close
+
+import fewstep
+from fewstep.api import untrained_student
+from fewstep.evaluation import Row, evaluate_run, markdown
+from fewstep.sampling import sample_teacher
+
+STORED = (
+    {"steps": 4, "n": 10_000, "seed": 1, "cfg": 1.5, "fmd": 2.0, "agreement": 0.9},
+    {"steps": 50, "n": 2_000, "seed": 1, "cfg": 1.5, "fmd": 3.0, "agreement": 0.9},
+    {"steps": 50, "n": 10_000, "seed": 1, "cfg": 2.0, "fmd": 4.5, "agreement": 0.97},
+    {"steps": 50, "n": 10_000, "seed": 1, "cfg": 3.0, "fmd": 6.0, "agreement": 0.99},
+)
+
+
+@fewstep.register_teacher("stored-of-test-evaluation")
+def stored():
+    """A Gaussian with rows beside its weights, as the embedded teacher has."""
+    made = fewstep.teachers.gaussian(fit_steps=2)
+    card = replace(made.card, name="stored-of-test-evaluation")
+    return replace(made, card=card, options={}, evaluation=replace(made.evaluation, rows=STORED))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    options = {"iterations": 2, "batch_size": 4, "guidance": 1.0, "num_steps": 2, "train": {"device": "cpu"}}
+    return fewstep.distill("stored-of-test-evaluation", out=tmp_path_factory.mktemp("eval") / "run", **options)
+
+
+def rows_of(run, **options) -> list[dict]:
+    evaluate_run(run.out, n=64, seed=9, **options)
+    return json.loads((run.out / "eval.json").read_text())["rows"]
+
+
+def test_rows_are_teacher_untrained_and_student_by_one_protocol(run):
+    """Fails if a row is made with another seed, count, prompts or step count."""
+    rows = rows_of(run, recompute_teacher=True)
+    judge, prompts = run.teacher.evaluation, [""] * 64
+    made = {
+        "teacher": sample_teacher(run.teacher, 64, seed=9, num_steps=50),
+        "untrained student": untrained_student(run.out).sample(64, seed=9),
+        "student": run.student.sample(64, seed=9),
+    }
+    assert [row["model"] for row in rows] == list(made)
+    assert [(row["steps"], row["n"], row["seed"]) for row in rows] == [(50, 64, 9), (2, 64, 9), (2, 64, 9)]
+    for row in rows:
+        expected = judge.measure(made[row["model"]], prompts)
+        assert row["figures"].keys() == expected.keys()
+        assert_close([*row["figures"].values()], [*expected.values()])
+
+
+def test_stored_row_of_the_teacher_is_its_best_at_most_samples_and_steps(run):
+    """Fails if the denominator of a claim is a row of fewer samples, or a worse guidance."""
+    teacher = rows_of(run)[0]
+    assert teacher["stored"] and (teacher["steps"], teacher["n"], teacher["guidance"]) == (50, 10_000, 2.0)
+    assert teacher["figures"] == {"fmd": 4.5, "agreement": 0.97}
+
+
+def test_recomputed_teacher_says_with_which_guidance(run):
+    teacher = rows_of(run, recompute_teacher=True)[0]
+    assert not teacher["stored"] and teacher["guidance"] == run.teacher.guidance
+
+
+def test_record_tells_protocol_and_both_environments(run):
+    rows_of(run)
+    record = json.loads((run.out / "eval.json").read_text())
+    assert record["protocol_hash"] == "closed form"
+    assert record["training"] == json.loads((run.out / "environment.json").read_text())
+    assert record["environment"]["packages"]["torch"]
+
+
+def test_default_seeds_were_used_neither_in_training_nor_to_choose_a_checkpoint():
+    """Image i uses seed + i: 10,000 of them must not touch the preview's or the running figure's."""
+    import inspect
+
+    from fewstep.training.preview import PREVIEW_SEED
+
+    seed = inspect.signature(evaluate_run).parameters["seed"].default
+    assert seed > PREVIEW_SEED + 20_000 + 10_000
+
+
+def test_table_leaves_out_what_a_row_lacks():
+    rows = [
+        Row("teacher", 50, 10_000, 0, {"fmd": 4.5678, "agreement": 0.97}, 2.0, stored=True),
+        Row("student", 1, 2000, 0, {"fmd": 12.0, "sw": 0.5}),
+    ]
+    assert markdown(rows).splitlines() == [
+        "| model | steps | CFG | samples | FMD | agreement | sw |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| teacher (stored) | 50 | 2 | 10000 | 4.568 | 0.97 | - |",
+        "| student | 1 | - | 2000 | 12 | - | 0.5 |",
+    ]

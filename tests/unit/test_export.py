@@ -1,0 +1,164 @@
+"""An exported folder makes fewstep's pictures in diffusers alone, by the call that its card gives."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import fewstep
+from fewstep.export import export_run, model_card
+from tests.tiny_pipeline import build
+
+PROMPT, SEED = "a photo of a bag", 11
+STUDENTS = {
+    "one-step": {"num_steps": 1},
+    "deterministic": {"num_steps": 4, "stochastic": False},
+    "stochastic": {"num_steps": 2, "stochastic": True},
+    "shifted": {"num_steps": 2, "stochastic": False},
+}
+ALONE = """
+import importlib.abc, json, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("fewstep", "fewstep_cuda"):
+            raise ModuleNotFoundError(f"{name} is not installed here")
+sys.meta_path.insert(0, Blocked())
+try:
+    import fewstep
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("fewstep is importable")
+import torch
+torch.set_num_threads(1)
+for folder, code in json.loads(sys.stdin.read()).items():
+    for i in range(2):
+        names = {"folder": folder, "prompt": PROMPT, "seed": SEED + i}
+        exec(code.replace(").images[0]", ", output_type='pt').images[0]"), names)
+        torch.save(names["image"], f"{folder}/made{i}.pt")
+assert not any(name.split(".")[0] == "fewstep" for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of a few iterations by name: a tiny pipeline, distilled to students of every kind."""
+    root = tmp_path_factory.mktemp("export")
+    teachers = {"plain": build(root / "plain"), "shift": build(root / "shift", shift=3.0)}
+    options = {"iterations": 6, "batch_size": 2, "guidance": 2.0, "train": {"device": "cpu", "generator": {"lr": 1e-2}}}
+    return {
+        name: fewstep.distill(
+            str(teachers["shift" if name == "shifted" else "plain"]), out=root / f"run-{name}", **options, **kind
+        )
+        for name, kind in STUDENTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    return {name: export_run(run.out, root / name) for name, run in runs.items()}
+
+
+def call_of(folder: Path) -> str:
+    """The card's example, word for word."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    return code
+
+
+@pytest.fixture(scope="module")
+def alone(exported):
+    """The card's call, executed in a process that cannot import fewstep: name -> two images [1, H, W] in [-1, 1]."""
+    code = ALONE.replace("PROMPT", repr(PROMPT)).replace("SEED", str(SEED))
+    calls = json.dumps({str(folder): call_of(folder) for folder in exported.values()})
+    done = subprocess.run([sys.executable, "-I", "-c", code], input=calls, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return {
+        name: [2 * torch.load(folder / f"made{i}.pt", weights_only=True) - 1 for i in range(2)]
+        for name, folder in exported.items()
+    }
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_pipeline_alone_makes_the_students_images(runs, alone, kind):
+    """< 1e-4 in fp32.  Fails if the teacher's weights, scheduler or shift, other times or another seeding are exported
+    ("shifted": if the network's timesteps are taken for the noise levels)."""
+    ours = runs[kind].student.sample(2, [PROMPT], SEED)
+    for i in range(2):
+        assert_close(alone[kind][i], ours[i], atol=1e-4, rtol=0)
+    assert ours.std() > 0.05
+    assert (ours[0] - ours[1]).abs().max() > 1e-2
+
+
+def test_student_differs_from_its_teacher(runs):
+    """Else the equality above would hold for an export without the student's weights."""
+    run = runs["one-step"]
+    before = fewstep.api.untrained_student(run.out, teacher=run.teacher).sample(2, [PROMPT], SEED)
+    assert (run.student.sample(2, [PROMPT], SEED) - before).abs().max() > 1e-2
+
+
+def test_card_says_how_each_image_is_seeded(exported):
+    texts = {name: (folder / "README.md").read_text() for name, folder in exported.items()}
+    for name in ("one-step", "deterministic"):
+        assert "generator=torch.Generator('cpu').manual_seed(seed)" in call_of(exported[name])
+        assert "manual_seed(SEED + i)" in texts[name]
+    assert "torch.manual_seed(seed)\nimage = pipe(prompt, generator=None" in call_of(exported["stochastic"])
+    assert "does not hand its generator to the scheduler" in texts["stochastic"]
+
+
+def test_card_gives_the_students_times(exported):
+    assert "num_inference_steps=4, timesteps=[1000, 750, 500, 250], guidance_scale=1.0" in call_of(
+        exported["deterministic"]
+    )
+    assert "sigmas" not in call_of(exported["deterministic"])
+    assert "timesteps=[1000, 250], sigmas=[1.0, 0.5]" in call_of(exported["shifted"])  # 3u / (1 + 2u) = .5 at u = .25
+
+
+def test_card_owns_up_to_rounded_times(runs):
+    """Three steps are at 2/3 and 1/3, which the pipeline can only tell its network as 667 and 333."""
+    student = runs["deterministic"].student
+    third = replace(student, sampler=replace(student.sampler, num_steps=3))
+    assert "Up to rounding" in model_card(third, {}, runs["deterministic"].out)
+    assert "Up to rounding" not in model_card(student, {}, runs["deterministic"].out)
+
+
+def test_exported_weights_are_safetensors(exported):
+    names = {p.suffix for p in exported["one-step"].rglob("*") if p.is_file()} - {".pt"}
+    assert ".safetensors" in names
+    assert not names & {".bin", ".pkl", ".ckpt", ".pth"}
+
+
+def test_existing_folder_is_left_alone(runs, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists; choose a folder that does not exist yet"):
+        export_run(runs["one-step"].out, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_failed_export_leaves_no_folder(runs, tmp_path, monkeypatch):
+    """Fails if the folder is written in place: half a pipeline would look like one."""
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fewstep.export.model_card", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_run(runs["one-step"].out, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_token_is_stored(tmp_path, monkeypatch):
+    """Neither in the run folder nor in the export.  Fails if the environment is recorded as it is."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
+    options = {"iterations": 1, "batch_size": 2, "guidance": 2.0, "train": {"device": "cpu"}}
+    run = fewstep.distill(str(build(tmp_path / "teacher")), out=tmp_path / "run", **options)
+    export_run(run.out, tmp_path / "exported")
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) > 20
+    assert not [p for p in files if b"hf_secret_of_the_user" in p.read_bytes()]
