@@ -4,7 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,9 +120,12 @@ def fresh(*arguments: str) -> str:
 
 
 def test_import_fewstep_is_light():
-    """Less than 0.3 s beyond torch, best of 3; and no library but torch is needed. Mutation: `import diffusers`."""
+    """Less than 0.3 s beyond torch, best of 3; and no library but torch is needed. Mutation: `import diffusers`.
+
+    Seconds of CPU time, here and below: what a user waits on an idle machine, whatever else runs on this one.
+    """
     block = f"import sys, time, torch; sys.modules.update(dict.fromkeys({HEAVY}))"
-    program = f"{block}; start = time.perf_counter(); import fewstep; print(time.perf_counter() - start)"
+    program = f"{block}; start = time.process_time(); import fewstep; print(time.process_time() - start)"
     seconds = [float(fresh("-c", program)) for _ in range(3)]
     assert min(seconds) < 0.3
 
@@ -134,10 +136,11 @@ def test_cli_imports_no_torch():
 
 
 def test_cli_help_takes_less_than_a_second():
-    """Best of 5, because the machine may be busy."""
+    """Best of 5."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         assert "distill" in fresh("-m", "fewstep.cli", "--help")
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # user and system time of finished children
     assert min(seconds) < 1.0

@@ -50,12 +50,15 @@ def time_grid(steps: int, shift: float = 1.0, *, clean_end: bool = False) -> Ten
 def student_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0) -> Tensor:
     """The times of a student's N sampling steps on its schedule, from noise down.
 
-    `time_grid`, so 1, .75, .5, .25 for N = 4. On tables (VP; EDM as DMD's table of 1000) rounded down to an index, so
-    that the network sees times it was trained at: 999, 749, 499, 249     [DMD2's code]
-    Returns [N] float32, descending.
+    `time_grid`, so 1, .75, .5, .25 for N = 4, in whole thousandths, because pipelines take integer timesteps of 1000
+    and the exported student shall sample at the same times. On tables (VP; EDM as DMD's table of 1000) rounded down to
+    an index, so that the network sees times it was trained at: 999, 749, 499, 249     [DMD2's code]
+    Returns [N] float32, descending.  Raises ValueError if two of the times fall on one thousandth.
     """
     grid = time_grid(num_steps, shift)
     if not isinstance(schedule, VPTable | EDM):
+        grid = ((grid.double() * 1000).round() / 1000).float()
+        _check_grid(grid, least=1)
         return grid
     last = (len(schedule.alphas_cumprod) if isinstance(schedule, VPTable) else 1000) - 1
     # float32 on purpose: an index's own time times `last` is that index; in float64 748 / 999 * 999 floors to 747.

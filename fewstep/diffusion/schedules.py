@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Coefficients:
         return Coefficients(change(self.alpha), change(self.sigma), change(self.d_alpha), change(self.d_sigma))
 
 
+@runtime_checkable
 class NoiseSchedule(Protocol):
     """A family x_t = alpha(t) x0 + sigma(t) eps with SNR falling in t. Inherit and give `curve` and `time_of`."""
 

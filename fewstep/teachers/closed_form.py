@@ -58,9 +58,9 @@ def mixture(
     and fake score start from is fitted to the formula (a formula has no weights to start from).
     Nested lists will do for tensors.  Raises ValueError for shapes that do not fit.
     """
-    if isinstance(schedule, str) and schedule not in SCHEDULES:
-        raise ValueError(f"no schedule {schedule!r}; allowed: {', '.join(SCHEDULES)}, or a NoiseSchedule")
-    law = SCHEDULES[schedule]() if isinstance(schedule, str) else schedule
+    law = SCHEDULES[schedule]() if isinstance(schedule, str) and schedule in SCHEDULES else schedule
+    if not isinstance(law, NoiseSchedule):
+        raise ValueError(f"no schedule {schedule!r}; allowed: {', '.join(SCHEDULES)}, or a NoiseSchedule object")
     centres = _ring(modes) if means is None else _numbers("means", means)
     spread = _spread(centres, torch.full((len(centres),), 0.02) if covs is None else _numbers("covs", covs))
     net = MixtureNet(
@@ -206,12 +206,13 @@ class _LabelEncoder:
         self.labels = labels
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        if not self.labels:
+        known = {f"class {i}": i for i in self.labels} or {"": EVERY_CLASS}
+        if not self.labels and set(prompts) <= {""}:
             return Condition()
-        known = {f"class {i}": i for i in self.labels}
         unknown = sorted(set(prompts) - known.keys())
         if unknown:
-            raise ValueError(f"no such classes: {unknown}; known: {', '.join(known)}")
+            allowed = ", ".join(map(repr, known))
+            raise ValueError(f"this closed-form teacher knows no prompt {unknown[0]!r}; allowed: {allowed}")
         ids = torch.tensor([known[p] for p in prompts])
         return Condition({"class": ids}, {"class": torch.tensor([EVERY_CLASS])})
 
@@ -274,10 +275,19 @@ def _ring(modes: int) -> Tensor:
 def _recorded(**given: Any) -> dict[str, Any]:
     """A factory's arguments as a configuration file holds them: None left out, tensors as nested lists.
 
-    A NoiseSchedule object has no name there and is left out too: such a run's student is loaded with `teacher=`.
+    A NoiseSchedule object has no name there; it is kept as its text, which no factory accepts: loading such a run's
+    student without `teacher=` is then refused instead of using another schedule.
     """
-    plain = {k: torch.as_tensor(v).tolist() if isinstance(v, Tensor | list | tuple) else v for k, v in given.items()}
-    return {k: v for k, v in plain.items() if isinstance(v, str | int | float | list)}
+    return {k: _nested(v) if isinstance(v, Tensor | list | tuple) else v for k, v in given.items() if v is not None} | (
+        {} if isinstance(given.get("schedule"), str) else {"schedule": repr(given["schedule"])}
+    )
+
+
+def _nested(value: Any) -> Any:
+    """Nested lists of the same numbers: float64 keeps every digit of a Python float, where float32 would not."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [_nested(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _numbers(name: str, value: Any) -> Tensor:

@@ -21,11 +21,10 @@ from fewstep.models.backbones import CogView4
 from fewstep.models.denoiser import Denoiser
 from fewstep.registry import Registry
 from fewstep.teachers.base import TEACHERS, Evaluation, Teacher, TeacherCard, register_teacher
+from fewstep.teachers.folders import check_folder, check_weights, quiet
 from fewstep.types import Condition
 
 WEIGHTS = Path(__file__).parent / "weights"
-
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 FAMILIES: Registry[Callable[..., Teacher]] = Registry("pipeline class")
 """Pipeline class name -> a function that makes a Teacher of the loaded pipeline."""
@@ -70,45 +69,18 @@ def from_pipeline(source: str, *, revision: str | None = None) -> Teacher:
     """
     folder = Path(source)
     if folder.exists():
-        check_folder(folder)
+        FAMILIES.get(check_folder(folder))
     from diffusers import DiffusionPipeline
 
+    options = {} if revision is None else {"revision": revision}
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, revision=revision)
+        with quiet():
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
     make = FAMILIES.get(type(pipe).__name__)
     check_weights(pipe, source)
-    options = {} if revision is None else {"revision": revision}
     return replace(make(pipe, source), folder=folder if folder.exists() else None, options=options)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse what is no diffusers folder in safetensors, before anything is loaded.  Raises ValueError."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} is no diffusers pipeline folder: model_index.json is missing")
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{index} does not parse: {error}") from error
-    if not isinstance(parts, dict) or "_class_name" not in parts:
-        raise ValueError(f"{index} names no pipeline class (_class_name)")
-    FAMILIES.get(str(parts["_class_name"]))
-    pickles = sorted(p for p in folder.rglob("*") if p.suffix in PICKLES)
-    if pickles:
-        raise ValueError(
-            f"{folder} holds pickled weights ({pickles[0].relative_to(folder)}), which can run code when loaded; save "
-            "the pipeline with safe_serialization=True and remove them"
-        )
-
-
-def check_weights(pipe: Any, source: str) -> None:
-    """Raises ValueError if a weight of any part is not finite: training would say so much later, or not at all."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    bad = [f"{k}.{name}" for k, part in parts.items() for name, p in part.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise ValueError(f"{source!r} holds non-finite weights ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''})")
 
 
 @FAMILIES.register("CogView4Pipeline")

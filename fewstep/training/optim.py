@@ -24,9 +24,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be a positive finite number, got {self.lr}")
+        if not (0 <= self.eps < float("inf") and 0 <= self.weight_decay < float("inf")):
+            raise ValueError(f"eps and weight_decay must be >= 0 and finite, got {self.eps} and {self.weight_decay}")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if self.clip <= 0:
+        if not self.clip > 0:  # NaN too: it would make the weights NaN while the gradient norm stays finite
             raise ValueError(f"clip must be positive, got {self.clip}; use a large number to switch clipping off")
         if self.warmup < 0:
             raise ValueError(f"warmup must be >= 0 updates, got {self.warmup}")

@@ -83,8 +83,7 @@ def test_signal_saves_and_the_run_goes_on(
 def test_kill_while_saving_loses_nothing(where: dict, cli: CommandLine, unbroken: Outcome, run_folder: Path):
     """SIGKILL at each stage of saving.
 
-    Fails with the checkpoint written in its final place ("temporary file"); with `damage` that does not look for
-    missing files ("within pruning", when the run is killed again: see the test below).
+    Fails ("within a temporary file") with checkpoints written in place and believed without a manifest.
     """
     killed = cli.distill(run_folder, fault=where)
     assert killed.code == -signal.SIGKILL, killed.log
@@ -103,7 +102,8 @@ def test_kill_while_saving_loses_nothing(where: dict, cli: CommandLine, unbroken
 def test_kill_of_a_resumed_run_loses_nothing(where: dict, cli: CommandLine, unbroken: Outcome, run_folder: Path):
     """The second run is killed too: it falls back from a half-deleted checkpoint 20 to 10, and dies on its way.
 
-    Fails with config.yaml opened for writing in place (the third run finds it empty).
+    Fails with config.yaml opened for writing in place (the third run finds it empty), and with `damage` that does not
+    look for missing files.
     """
     assert cli.distill(run_folder, fault=fault("step", 23)).code == -signal.SIGKILL
     (run_folder / "checkpoints" / "00000020" / "ema.safetensors").unlink()

@@ -8,12 +8,13 @@ from fewstep.pictures import PAPER, panel, picture, save, scatter, side_by_side,
 
 
 def test_ends_and_middle_become_their_bytes():
+    """Fails with 127.5 x + 127.5: 0 becomes 127."""
     x = torch.tensor([-1.0, 1.0, 0.0, -9.0, 9.0, -1 / 127.5])
     assert to_uint8(x).tolist() == [0, 255, 128, 0, 255, 127]
 
 
 def test_every_byte_survives_the_round_trip():
-    """Fails with 127.5 x + 127.5 cut off, where rounding loses bytes."""
+    """A picture that is read, shown and read again stays what it is."""
     values = torch.arange(256)
     assert to_uint8(values / 127.5 - 1).tolist() == values.tolist()
 

@@ -33,7 +33,7 @@ def test_taps_return_module_outputs_and_remove_their_hooks():
 
 
 def test_an_unknown_tap_is_named():
-    with pytest.raises(LookupError, match="blocks.7"):
+    with pytest.raises(LookupError, match=r"blocks\.7"):
         student()(torch.zeros(3, 2), torch.zeros(3), Condition(), taps=("blocks.7",))
 
 

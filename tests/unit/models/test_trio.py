@@ -46,5 +46,5 @@ def test_without_a_fake_score_there_is_no_critic():
 
 def test_unknown_sharing_is_refused():
     teacher = gaussian(fit_steps=0)
-    with pytest.raises(ValueError, match="sharing='telepathy'.*copies"):
+    with pytest.raises(ValueError, match=r"sharing='telepathy'.*copies"):
         Trio.build(teacher.denoiser, frozenset(), sharing="telepathy", init=teacher.student)

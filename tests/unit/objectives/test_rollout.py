@@ -60,7 +60,7 @@ def test_four_vp_steps_are_dmd2s():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_trained_step_sees_the_students_own_noised_sample(name):
-    """T11: the input of step k has mean alpha q and standard deviation sigma.  Fails if real data are noised instead."""
+    """T11: the input of step k has mean alpha q and spread sigma.  Fails if real data are noised instead."""
     schedule = SCHEDULES[name]
     for step, (net, _) in rolls_by_step(schedule, 4).items():
         x, t, _ = net.seen[-1]

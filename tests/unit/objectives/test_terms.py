@@ -126,7 +126,7 @@ def test_score_difference_is_the_scaled_difference_of_clean_estimates(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_subtracted_in_float32(dtype):
-    """Fails if the cast follows the subtraction: bf16 keeps 8 bits and the difference of near-equal estimates is lost."""
+    """Fails if the cast follows the subtraction: bf16 keeps 8 bits, and near-equal estimates lose their difference."""
     x, real, _ = samples(dtype=torch.float32)
     real = real.to(dtype)
     fake = real.float() + 1e-3

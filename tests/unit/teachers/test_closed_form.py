@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fewstep.diffusion import EDM
 from fewstep.sampling import sample_teacher
 from fewstep.teachers.closed_form import PointBackbone, PointNet, gaussian, mixture, sliced_wasserstein
 from fewstep.teachers.pipelines import load_teacher
@@ -94,7 +95,7 @@ def test_classes_are_the_prompts():
     assert teacher.prompts == ("class 0", "class 2")
     found = teacher.encode(["class 2", "class 0"])
     assert (found.tensors["class"].tolist(), found.null["class"].tolist()) == ([2, 0], [-1])
-    with pytest.raises(ValueError, match=r"no such classes: \['class 1'\]; known: class 0, class 2"):
+    with pytest.raises(ValueError, match=r"knows no prompt 'class 1'; allowed: 'class 0', 'class 2'"):
         teacher.encode(["class 1"])
 
 
@@ -182,3 +183,18 @@ def test_samples_between_the_modes_are_not_inside():
 def test_impossible_mixture_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         mixture(**options)
+
+
+def test_a_schedule_object_cannot_be_forgotten():
+    """Its name is not in a configuration file; loading must refuse, not fall back to "flow"."""
+    teacher = gaussian(schedule=EDM(sigma_max=10.0), fit_steps=0)
+    assert "sigma_max=10" in teacher.options["schedule"]
+    with pytest.raises(ValueError, match="no schedule"):
+        gaussian(**teacher.options)
+    with pytest.raises(ValueError, match="no schedule 5"):
+        gaussian(schedule=5)
+
+
+def test_a_prompt_that_would_have_no_effect_is_an_error():
+    with pytest.raises(ValueError, match="knows no prompt 'a boot'"):
+        gaussian(fit_steps=0).encode(["a boot"])

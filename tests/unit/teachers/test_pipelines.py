@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from fewstep.sampling import sample_teacher
 from fewstep.teachers.fashion_build.captions import CLASS_NAMES
-from fewstep.teachers.pipelines import _fashion_prompts, check_folder, from_pipeline, load_teacher
+from fewstep.teachers.folders import check_folder
+from fewstep.teachers.pipelines import _fashion_prompts, from_pipeline, load_teacher
 from tests.tiny_pipeline import LATENTS, build
 
 PROMPTS = ["a photo of a bag", "an ankle boot, black and white"]
@@ -103,8 +104,13 @@ def test_grid_is_the_pipelines_whole_timesteps(teacher, steps):
     assert_close(grid * 1000, (grid * 1000).round(), atol=1e-3, rtol=0)
 
 
-def test_embedding_does_not_depend_on_batch_neighbours(teacher):
-    """Fails if a batch is encoded in one call: the pipeline pads to its longest prompt."""
+def test_embedding_does_not_depend_on_batch_neighbours(folders, tmp_path):
+    """Fails if a batch is encoded in one call: the pipeline pads to its longest prompt, then again to 16 in front,
+    which are the same side with the embedded teacher's tokenizer but not with others."""
+    folder = Path(shutil.copytree(folders["plain"], tmp_path / "right"))
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "right"}))
+    teacher = load_teacher(str(folder))
     together = teacher.encode([*PROMPTS, "coat", ""])
     for i, prompt in enumerate([*PROMPTS, "coat", ""]):
         assert torch.equal(together.tensors["text"][i : i + 1], teacher.encode([prompt]).tensors["text"])
