@@ -121,11 +121,11 @@ def test_card_gives_the_students_times(exported):
 
 
 def test_card_owns_up_to_rounded_times(runs):
-    """Three steps are at 2/3 and 1/3, which the pipeline can only tell its network as 667 and 333."""
-    student = runs["deterministic"].student
-    third = replace(student, sampler=replace(student.sampler, num_steps=3))
-    assert "Up to rounding" in model_card(third, {}, runs["deterministic"].out)
-    assert "Up to rounding" not in model_card(student, {}, runs["deterministic"].out)
+    """Under a scheduler's shift, three steps are told to the network as fractions, and the pipeline rounds them."""
+    for name, expected in (("deterministic", False), ("shifted", True)):
+        student = runs[name].student
+        third = replace(student, sampler=replace(student.sampler, num_steps=3))
+        assert ("Up to rounding" in model_card(third, {}, runs[name].out)) is expected
 
 
 def test_exported_weights_are_safetensors(exported):

@@ -116,6 +116,7 @@ def measure_classifier(data: Path, folder: Path, epochs: float) -> None:
         "training": {"images": 60000, "epochs": epochs, "batch": BATCH, "seed": CLASSIFIER_PLAN.seed},
         "test_accuracy": float((logits.argmax(1) == test_set.labels).double().mean()),
         "trace_of_reference_covariance": float(reference.cov.trace()),
+        "fmd_of_the_first_2000_test_images": moments_distance(Moments.of(features[:2000]), reference),
         "fmd_of_the_10000_test_images": moments_distance(Moments.of(features), reference),
         "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
