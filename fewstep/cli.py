@@ -64,30 +64,20 @@ def distill(
     plugin: Plugin = None,
 ) -> None:
     """Distil a teacher into a few-step student."""
+    rate = None if lr is None else {"lr": lr}
+    train = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "device": device}
+    given = {
+        "teacher": _given(name=teacher),
+        "method": _given(name=method, num_steps=num_steps),
+        "train": _given(**train, precision=precision, sharing=sharing, generator=rate, critic=rate),
+        **_given(prompts=str(prompts) if prompts else None),
+    }
     with border():
         load_plugins(plugin)
         from fewstep import api
         from fewstep.config import resolve
-        from fewstep.sampling import NotFinite
         from fewstep.training.launch import prepare
-        from fewstep.training.trainer import Diverged, Interrupted
 
-        rate = {} if lr is None else {"lr": lr}
-        given = {
-            "teacher": _given(name=teacher),
-            "method": _given(name=method, num_steps=num_steps),
-            "train": _given(
-                iterations=iterations,
-                batch_size=batch_size,
-                seed=seed,
-                device=device,
-                precision=precision,
-                sharing=sharing,
-                generator=rate or None,
-                critic=rate or None,
-            ),
-            **_given(prompts=str(prompts) if prompts else None),
-        }
         resolved = resolve(config=config, given=given, sets=sets or ())
         folder = out or api.default_out(resolved.teacher, resolved.method)
         say(
@@ -100,14 +90,7 @@ def distill(
             return api.load_teacher(resolved.teacher, **resolved.teacher_options)
 
         trainer, _ = prepare(resolved, folder, load, resume=resume, overwrite=overwrite, console=console)
-    try:
-        trainer.run()
-    except Interrupted as stop:
-        say(str(stop))
-        raise typer.Exit(128 + stop.signum) from None
-    except (Diverged, NotFinite) as stop:
-        say(f"error: {stop}")
-        raise typer.Exit(1) from None
+    _run(trainer)
     say(f"done: {folder}. Next: fewstep eval {folder}, fewstep sample {folder}, fewstep export {folder} --to FOLDER")
 
 
@@ -244,6 +227,21 @@ def _index(plugins: list[Path] | None) -> dict[str, Any]:
 
     load_plugins(plugins)
     return build_index()
+
+
+def _run(trainer: Any) -> None:
+    """Train; a signal ends with 128 + its number, a run that cannot go on with 1, each with one message."""
+    from fewstep.sampling import NotFinite
+    from fewstep.training.trainer import Diverged, Interrupted
+
+    try:
+        trainer.run()
+    except Interrupted as stop:
+        say(str(stop))
+        raise typer.Exit(128 + stop.signum) from None
+    except (Diverged, NotFinite) as stop:
+        say(f"error: {stop}")
+        raise typer.Exit(1) from None
 
 
 def _given(**values: Any) -> dict[str, Any]:

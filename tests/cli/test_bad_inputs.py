@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.training import checkpoint
 
 
-def refused(result, *words: str) -> None:
+def check_refused(result, *words: str) -> None:
     """Exit code 2 and one line on stderr that holds every word."""
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
@@ -74,13 +74,13 @@ SETTINGS = {
 @pytest.mark.parametrize("case", FLAGS)
 def test_wrong_flag_is_refused(cli, toy, tmp_path, case):
     flags, words = FLAGS[case]
-    refused(cli(*toy, "--out", tmp_path / "run", *flags), *words)
+    check_refused(cli(*toy, "--out", tmp_path / "run", *flags), *words)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_wrong_setting_is_refused(cli, toy, tmp_path, case):
     setting, words = SETTINGS[case]
-    refused(cli(*toy, "--out", tmp_path / "run", "--set", setting), *words)
+    check_refused(cli(*toy, "--out", tmp_path / "run", "--set", setting), *words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -93,7 +93,7 @@ def test_wrong_setting_is_refused(cli, toy, tmp_path, case):
     ids=["cuda", "fp16"],
 )
 def test_hardware_that_is_not_there_is_refused(cli, toy, tmp_path, flags, words):
-    refused(cli(*toy, "--out", tmp_path / "run", *flags), *words)
+    check_refused(cli(*toy, "--out", tmp_path / "run", *flags), *words)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_hardware_that_is_not_there_is_refused(cli, toy, tmp_path, flags, words)
     ids=["no-teacher", "no-method", "list", "list-runs", "sample", "eval", "export"],
 )
 def test_command_without_its_object_is_refused(cli, arguments, words):
-    refused(cli(*arguments), *words)
+    check_refused(cli(*arguments), *words)
 
 
 FILES = {
@@ -130,35 +130,37 @@ FILES = {
 def test_file_that_cannot_be_read_is_refused(cli, toy, tmp_path, case):
     flag, name, content, words = FILES[case]
     (tmp_path / name).write_bytes(content)
-    refused(cli(*toy, "--out", tmp_path / "run", flag, tmp_path / name), *words)
+    check_refused(cli(*toy, "--out", tmp_path / "run", flag, tmp_path / name), *words)
 
 
 def test_out_that_is_a_file_is_refused(cli, toy, tmp_path):
     (tmp_path / "run").write_text("mine")
-    refused(cli(*toy, "--out", tmp_path / "run"), "run is a file", "--out takes a folder")
-    refused(cli(*toy, "--out", tmp_path / "run" / "below"), str(tmp_path / "run"))
+    check_refused(cli(*toy, "--out", tmp_path / "run"), "run is a file", "--out takes a folder")
+    check_refused(cli(*toy, "--out", tmp_path / "run" / "below"), str(tmp_path / "run"))
 
 
 def test_existing_run_is_refused(cli, toy, toy_run):
-    refused(cli(*toy, "--out", toy_run), "exists and is not empty", "--resume", "--overwrite")
+    check_refused(cli(*toy, "--out", toy_run), "exists and is not empty", "--resume", "--overwrite")
 
 
 def test_overwriting_a_folder_without_a_run_is_refused_and_deletes_nothing(cli, toy, tmp_path):
     """Fails if --overwrite takes any folder: a mistyped --out would lose somebody's "checkpoints"."""
     (tmp_path / "thesis.txt").write_text("years of work")
-    refused(cli(*toy, "--out", tmp_path, "--overwrite"), "holds files but no run", "--overwrite deletes runs only")
+    check_refused(
+        cli(*toy, "--out", tmp_path, "--overwrite"), "holds files but no run", "--overwrite deletes runs only"
+    )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_mistake_beside_overwrite_does_not_cost_the_old_run(cli, toy, toy_run, tmp_path):
     """Fails if the folder is cleared before the teacher is loaded."""
     run = Path(shutil.copytree(toy_run, tmp_path / "run"))
-    refused(cli(*toy, "--out", run, "--overwrite", "--teacher", "gausian"), "Did you mean 'gaussian'?")
+    check_refused(cli(*toy, "--out", run, "--overwrite", "--teacher", "gausian"), "Did you mean 'gaussian'?")
     assert checkpoint.newest_valid(run) is not None
 
 
 def test_resume_with_another_setting_is_refused(cli, toy, toy_run):
-    refused(cli(*toy, "--out", toy_run, "--resume", "--seed", "7"), "train.seed: 0 -> 7", "another --out")
+    check_refused(cli(*toy, "--out", toy_run, "--resume", "--seed", "7"), "train.seed: 0 -> 7", "another --out")
 
 
 DISTILL = ["distill", "--method", "dmd2", "--device", "cpu", "--iterations", "1", "--batch-size", "1"]
@@ -226,7 +228,7 @@ def test_spoilt_pipeline_folder_is_refused(cli, pipeline_folder, tmp_path, how):
     """`lacks-text_encoder` fails if weights are not counted: transformers puts random numbers for a missing tensor."""
     folder = Path(shutil.copytree(pipeline_folder, tmp_path / "teacher"))
     spoil(folder, how)
-    refused(
+    check_refused(
         cli(*DISTILL, "--teacher", folder, "--out", tmp_path / "run"),
         *SPOILT[how],
         str(folder) if how not in ("karras", "unknown-class") else "",
@@ -241,7 +243,7 @@ def test_non_finite_weights_of_any_part_are_refused(cli, pipeline_folder, tmp_pa
     tensors = load_file(weights)
     tensors = {k: torch.full_like(v, torch.inf) if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(tensors, weights, metadata={"format": "pt"})
-    refused(
+    check_refused(
         cli(*DISTILL, "--teacher", folder, "--out", tmp_path / "run"),
         "non-finite weights",
         f"{part}.",
@@ -259,7 +261,7 @@ def test_unknown_option_of_a_pipeline_is_refused(cli, pipeline_folder, tmp_path)
         "--set",
         "teacher.modes=3",
     ]
-    refused(cli("distill", *arguments), str(pipeline_folder), "modes")
+    check_refused(cli("distill", *arguments), str(pipeline_folder), "modes")
 
 
 # -- finished runs ------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def test_unknown_option_of_a_pipeline_is_refused(cli, pipeline_folder, tmp_path)
 @pytest.mark.parametrize("command", ["sample", "eval", "export"])
 def test_unknown_checkpoint_name_is_refused(cli, toy_run, tmp_path, command):
     further = ["--to", tmp_path / "x"] if command == "export" else []
-    refused(cli(command, toy_run, "--which", "first", *further), "--which 'first'", "best, last")
+    check_refused(cli(command, toy_run, "--which", "first", *further), "--which 'first'", "best, last")
 
 
 @pytest.mark.parametrize(
@@ -283,20 +285,20 @@ def test_unknown_checkpoint_name_is_refused(cli, toy_run, tmp_path, command):
 )
 def test_wrong_question_to_a_run_is_refused(cli, toy_run, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    refused(cli(arguments[0], toy_run, *arguments[1:]), *words)
+    check_refused(cli(arguments[0], toy_run, *arguments[1:]), *words)
 
 
 def test_export_into_an_existing_folder_is_refused(cli, pipeline_run, tmp_path):
-    refused(cli("export", pipeline_run, "--to", tmp_path), str(tmp_path), "choose a folder that does not exist")
+    check_refused(cli("export", pipeline_run, "--to", tmp_path), str(tmp_path), "choose a folder that does not exist")
 
 
 def test_export_of_a_closed_form_student_is_refused(cli, toy_run, tmp_path):
-    refused(cli("export", toy_run, "--to", tmp_path / "x"), "'gaussian'", "fewstep.load_student")
+    check_refused(cli("export", toy_run, "--to", tmp_path / "x"), "'gaussian'", "fewstep.load_student")
     assert not (tmp_path / "x").exists()
 
 
 def test_evaluation_of_a_teacher_without_one_is_refused(cli, pipeline_run):
-    refused(cli("eval", pipeline_run), "brings no evaluation", "fewstep sample")
+    check_refused(cli("eval", pipeline_run), "brings no evaluation", "fewstep sample")
 
 
 @pytest.mark.parametrize("kind", ["toy_run", "pipeline_run"])
@@ -307,7 +309,7 @@ def test_student_that_gives_nan_is_refused(cli, request, tmp_path, kind):
     saved = checkpoint.read(newest)
     ema = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in saved.tensors["ema"].items()}
     checkpoint.write(newest, checkpoint.Checkpoint({**saved.tensors, "ema": ema}, saved.state))
-    refused(cli("sample", run, "-n", "2", "--which", "last"), "not finite", "diverged")
+    check_refused(cli("sample", run, "-n", "2", "--which", "last"), "not finite", "diverged")
     assert not (run / "samples.png").exists()
 
 
@@ -315,13 +317,13 @@ def test_run_with_damaged_checkpoints_is_refused(cli, toy_run, tmp_path):
     run = Path(shutil.copytree(toy_run, tmp_path / "run"))
     for path in run.glob("checkpoints/*/ema.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-    refused(cli("sample", run), "no valid checkpoint")
+    check_refused(cli("sample", run), "no valid checkpoint")
 
 
 def test_broken_run_in_a_list_is_named(cli, toy_run, tmp_path):
     run = Path(shutil.copytree(toy_run, tmp_path / "runs" / "broken"))
     (run / "config.yaml").write_text("train: [1\n")
-    refused(cli("list", "runs", "--runs", tmp_path / "runs"), str(run), "cannot be listed")
+    check_refused(cli("list", "runs", "--runs", tmp_path / "runs"), str(run), "cannot be listed")
 
 
 def test_runaway_learning_rate_ends_with_advice_and_no_traceback(cli, toy, tmp_path):

@@ -29,7 +29,7 @@ def marked_blocks(text: str) -> list[Block]:
     return [Block(m["language"], m["code"], bool(m["slow"])) for m in MARKED.finditer(text)]
 
 
-def execute(block: Block, folder: Path) -> None:
+def check_runs(block: Block, folder: Path) -> None:
     command = {"bash": ["bash", "-c", FEWSTEP + block.code], "python": [sys.executable, "-c", block.code]}
     assert block.language in command, f"a marked block must be bash or python, not {block.language}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -55,19 +55,19 @@ def test_every_mark_is_followed_by_a_block_that_is_found(blocks):
 def test_marked_examples_run(blocks, tmp_path):
     for block in blocks:
         if not block.slow:
-            execute(block, tmp_path)
+            check_runs(block, tmp_path)
 
 
 @pytest.mark.slow
 def test_slow_examples_run_after_the_others(blocks, tmp_path):
     for block in blocks if any(block.slow for block in blocks) else []:
-        execute(block, tmp_path)
+        check_runs(block, tmp_path)
 
 
 def test_failing_example_fails_the_test(tmp_path):
     """Fails if a bash block goes on after a command that failed."""
     with pytest.raises(AssertionError, match="no run at nowhere"):
-        execute(Block("bash", "fewstep sample nowhere\ntrue\n", False), tmp_path)
+        check_runs(Block("bash", "fewstep sample nowhere\ntrue\n", False), tmp_path)
 
 
 def test_unmarked_blocks_are_left_alone():

@@ -48,7 +48,7 @@ def test_two_gloo_ranks_give_the_gradient_of_one_process(num_steps: int, ranks: 
     """
     one, steps = script.gradients(tmp_path, num_steps)
     for rank in range(2):
-        two, their_steps = torch.load(ranks / f"gradients{num_steps}.{rank}.pt")
+        two, their_steps = torch.load(ranks / f"gradients{num_steps}.{rank}.pt", weights_only=True)
         assert script.relative_error(two, one) < 1e-10
         assert their_steps == steps
     assert len(set(steps)) > 1 or num_steps == 1

@@ -8,8 +8,9 @@ from torch.testing import assert_close
 
 from fewstep.diffusion import EDM
 from fewstep.sampling import sample_teacher
-from fewstep.teachers.closed_form import PointBackbone, PointNet, gaussian, mixture, sliced_wasserstein
+from fewstep.teachers.closed_form import gaussian, mixture
 from fewstep.teachers.pipelines import load_teacher
+from fewstep.teachers.points import PointBackbone, PointNet, sliced_wasserstein
 from fewstep.types import Condition
 
 SCHEDULES = ["flow", "vp", "edm", "trig"]

@@ -14,7 +14,7 @@ from torch import nn
 from fewstep.models.trio import Trio
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.teachers import mixture
-from fewstep.teachers.closed_form import PointNet
+from fewstep.teachers.points import PointNet
 from fewstep.training.data import PromptData
 from fewstep.training.options import TrainConfig
 from fewstep.training.tracking import Tracker
