@@ -14,18 +14,16 @@ OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clock demo test test-all test-gpu check format smoke golden bench teachers clean
+.PHONY: help setup clock demo test test-all check format smoke index teachers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
-demo: setup  ## distil the embedded teacher, evaluate it, draw a grid (about 15 minutes on 2 cores)
+demo: setup  ## distil the embedded teacher, evaluate it, draw a grid (about 6 minutes on 2 cores)
 	$(PY) -m eval.demo
 test: setup  ## the default tests: CPU, offline
 	$(PYTEST) $(ARGS)
 test-all: setup  ## the slow ones too
 	$(PYTEST) -m "$(MARKS)" $(ARGS)
-test-gpu: setup  ## what needs a CUDA device
-	$(PY) -m pytest -q -m gpu $(ARGS)
 check: setup  ## formatting, lint, types, import rules
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -36,11 +34,8 @@ format: setup  ## let ruff format and fix
 	$(PY) -m ruff format .
 smoke: setup  ## a toy distillation through the command line
 	$(PY) -m fewstep.cli distill --teacher mixture --method dmd2 --iterations 20 --out runs/smoke --overwrite
-golden: setup  ## record the golden trajectories again: make golden REASON="..."
-	@test -n "$(REASON)" || { echo 'say why: make golden REASON="..."'; exit 2; }
-	$(PY) -m tests.golden.record --reason "$(REASON)"
-bench: setup  ## time the operators
-	$(PY) -m eval.bench_ops
+index: setup  ## write fewstep/index.json again, after adding a method or teacher
+	$(PY) -m fewstep.index
 teachers: setup  ## train the embedded teacher again, or one STAGE of it
 	$(PY) -m fewstep.teachers.fashion_build --stage $(strip $(STAGE))
 clean:  ## caches and packaging left-overs; .venv, runs/ and the teachers' build/ stay
