@@ -127,7 +127,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys of two `RunConfig.to_dict`s that a resume must not change, as "key: old -> new"."""
     flat_old, flat_new = _flat(old), _flat(new)
-    allowed = {f"train.{name}" for name in MAY_CHANGE}
+    # The prompt file may move: the checkpoint holds a digest of its prompts, and a change of those is refused there.
+    allowed = {"prompts", *(f"train.{name}" for name in MAY_CHANGE)}
     keys = sorted((flat_old.keys() | flat_new.keys()) - allowed)
     return [f"{k}: {flat_old.get(k)} -> {flat_new.get(k)}" for k in keys if flat_old.get(k) != flat_new.get(k)]
 

@@ -233,6 +233,15 @@ def test_changed_prompt_file_is_refused(cli: CommandLine, run_folder: Path, tmp_
     assert (done.code, "other prompts" in done.log) == (2, True), done.log
 
 
+def test_moved_prompt_file_resumes(cli: CommandLine, run_folder: Path, tmp_path: Path):
+    """The prompts keep their content, the file does not keep its path.  Fails if the path counts as a setting."""
+    for name in ("here.txt", "there.txt"):
+        (tmp_path / name).write_text("class 0\n")
+    assert cli.distill(run_folder, "--prompts", str(tmp_path / "here.txt"), "--iterations", "1").code == 0
+    done = cli.distill(run_folder, "--prompts", str(tmp_path / "there.txt"), "--iterations", "1", "--resume")
+    assert done.code == 0, done.log
+
+
 def test_overwrite_deletes_only_what_the_run_wrote(cli: CommandLine, begun: Path, run_folder: Path):
     """Fails with rmtree of the whole folder."""
     shutil.copytree(begun, run_folder)
