@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -124,7 +125,8 @@ def _batched(
         raise ValueError(
             f"prompts must be a list of one prompt or more, or None for the teacher's own; got {prompts!r}"
         )
-    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+    # Buffers too: a closed-form teacher is a formula without a parameter.
+    device = next((p.device for p in chain(denoiser.parameters(), denoiser.buffers())), torch.device("cpu"))
     images = []
     for start, stop in _slices(n, batch_size):
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]

@@ -96,7 +96,8 @@ class Trainer:
         # Dropout and the like draw from the global generator; keyed by iteration it needs no place in a checkpoint.
         torch.manual_seed(key(self.config.seed, iteration, self.accelerator.process_index))
         for turn in self.objective.turns.at(iteration):
-            self._update(turn, iteration)
+            if turn in self.players:  # a method without a fake score has no critic's turn
+                self._update(turn, iteration)
 
     def _update(self, turn: Turn, iteration: int) -> None:
         """One player's update: losses of all micro-batches, backward, clip, step."""
@@ -104,6 +105,7 @@ class Trainer:
         rate = learning_rate(config, self.progress.updates[turn], self._planned[turn])
         for group in optimizer.param_groups:
             group["lr"] = rate
+        metrics = []
         with self.trio.turn(turn):
             for ids, last in self._micro_batches(iteration):
                 batch = self.data.batch(ids, self.accelerator.device)
@@ -112,11 +114,16 @@ class Trainer:
                     losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
                     for loss in [losses] if isinstance(losses, Loss) else losses:
                         self.accelerator.backward(loss.total / self.config.accumulate)
-                        self._collect(loss.metrics)
-            self._descend(turn, optimizer, config.clip)
+                        metrics.append(loss.metrics)
+            if self._descend(turn, optimizer, config.clip):  # a skipped step's NaN would be the whole interval's mean
+                for row in metrics:
+                    self._collect(row)
 
-    def _descend(self, turn: Turn, optimizer: Any, clip: float) -> None:
-        """Clip and step, or skip and count if the gradient is not finite.  The norm is the only synchronisation."""
+    def _descend(self, turn: Turn, optimizer: Any, clip: float) -> bool:
+        """Clip and step, or skip and count if the gradient is not finite; True if it was a step.
+
+        The norm is the step's only synchronisation.
+        """
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.players[turn].parameters(), clip)
@@ -132,13 +139,14 @@ class Trainer:
                 self.ema.update(self.trio.generator)
         else:
             self._skipped(turn)
+        return finite
 
     def _skipped(self, turn: Turn) -> None:
         self.tracker.say(self.progress.skip(turn))
         if self.progress.skipped_in_a_row[turn] >= PATIENCE:
             raise Diverged(
-                f"{PATIENCE} steps of the {turn} in a row had non-finite gradients. Lower the "
-                f"learning rate (--lr), use --precision fp32 or bf16, or start from the best checkpoint in {self.out}."
+                f"{PATIENCE} steps of the {turn} in a row had non-finite gradients. Start anew with --overwrite and a "
+                f"lower learning rate (--lr), or --precision fp32 or bf16; what {self.out} holds can be evaluated."
             )
 
     def _micro_batches(self, iteration: int) -> Iterator[tuple[tuple[int, ...], bool]]:
@@ -266,6 +274,11 @@ class Trainer:
         saved = checkpoint.read(folder)
         if saved.state["prompts"] != self.data.digest:
             raise ValueError(f"{folder} was trained on other prompts; give the old ones, or start another run")
+        if saved.state["progress"]["iteration"] > self.config.iterations:
+            raise ValueError(
+                f"iterations = {self.config.iterations}, but {folder} has done {saved.state['progress']['iteration']}; "
+                "a resumed run may only grow"
+            )
         self.progress = Progress(**saved.state["progress"])
         self._sums = {k: list(v.to(self.accelerator.device)) for k, v in saved.tensors["unlogged"].items()}
         self.ema.denoiser.backbone.module.load_state_dict(saved.tensors["ema"])

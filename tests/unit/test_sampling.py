@@ -159,3 +159,24 @@ def test_samples_that_are_not_finite_are_refused(teacher):
 
     with pytest.raises(NotFinite, match="not finite"):
         Student(_Spy(teacher.denoiser, broken), teacher, StudentSampler()).sample(3)
+
+
+def test_a_formula_samples_where_its_buffers_are(teacher):
+    """It has no parameter to ask.  Fails if only parameters are: its states would be made on another device."""
+    assert not list(teacher.denoiser.parameters())
+    seen = []
+
+    class Elsewhere(torch.nn.Module):
+        schedule = teacher.denoiser.schedule
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("means", torch.zeros(1, device="meta"))
+
+        def forward(self, x_t, t, cond):
+            seen.append(x_t.device.type)
+            raise LookupError("far enough")
+
+    with pytest.raises(LookupError, match="far enough"):
+        Student(Elsewhere(), teacher, StudentSampler()).sample(1)
+    assert seen == ["meta"]

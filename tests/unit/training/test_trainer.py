@@ -251,3 +251,32 @@ def test_progress_is_json_and_back(trainer_of: TrainerOf):
 def test_batch_that_does_not_split_is_refused(trainer_of: TrainerOf):
     with pytest.raises(ValueError, match="not a multiple of accumulate"):
         trainer_of(batch_size=6, accumulate=4)
+
+
+def test_a_method_without_a_fake_score_has_no_critics_turn(trainer_of: TrainerOf):
+    """Turns name a critic by default.  Fails with a bare KeyError if the loop asks for a player that is not there."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Regression(DMD2):
+        roles = frozenset()
+
+        def generator_loss(self, trio, batch, rng):
+            return Loss(self.rollout(trio, batch, rng).x.square().mean())
+
+    trainer = trainer_of(Regression(guidance=1.0, turns=Turns()))
+    steps(trainer, 0, 3)
+    assert trainer.progress.updates == {"generator": 3, "critic": 0}
+
+
+def test_a_skipped_steps_figures_are_not_logged(trainer_of: TrainerOf):
+    """Fails if they are collected before the finite check: one NaN would be the mean of the whole interval."""
+    trainer = trainer_of(broken(generator_at=[1]))
+    steps(trainer, 0, 3)
+    assert len(trainer._sums["dm"]) == 2 and len(trainer._sums["critic"]) == 3
+
+
+def test_a_resumed_run_cannot_shrink(trainer_of: TrainerOf):
+    longer = trainer_of(iterations=5)
+    steps(longer, 0, 4)
+    with pytest.raises(ValueError, match="has done 4; a resumed run may only grow"):
+        trainer_of(iterations=3).load(longer.save())
