@@ -15,6 +15,7 @@ from fewstep.sampling import Student
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.pipelines import load_teacher
 from fewstep.training import checkpoint
+from fewstep.training.data import read_prompts
 from fewstep.training.launch import CONFIG, prepare
 from fewstep.training.trainer import Progress
 
@@ -113,6 +114,8 @@ def untrained_student(folder: str | Path, *, teacher: Teacher | None = None) -> 
         raise FileNotFoundError(f"no run at {folder}: {CONFIG} is missing; `fewstep list runs` names the runs in runs/")
     config = resolve(config=Path(folder) / CONFIG)
     teacher = teacher or load_teacher(config.teacher, **config.teacher_options)
+    if config.prompts and Path(config.prompts).is_file():
+        teacher = teacher.showing(read_prompts(config.prompts))
     denoiser = Trio.build(teacher.denoiser, frozenset(), init=teacher.student).generator
     return Student(denoiser.eval().requires_grad_(False), teacher, config.objective.sampler)
 

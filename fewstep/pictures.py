@@ -9,18 +9,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fewstep.metrics.features import quantise
+
 MARGIN = 4
 INK, PAPER, LINE = (32, 32, 32), (255, 255, 255), (225, 225, 225)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] floats to 0..255 bytes by round-to-nearest: clip(127.5 x + 128, 0, 255)     [EDM's rule]"""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
 def picture(image: Tensor, scale: int = 1) -> Image.Image:
     """One image [C, H, W] in [-1, 1], C = 1 or 3, enlarged by whole pixels."""
-    pixels = to_uint8(image).permute(1, 2, 0).numpy()
+    pixels = quantise(image).permute(1, 2, 0).numpy()
     made = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3])
     return made.resize((made.width * scale, made.height * scale), Image.Resampling.NEAREST)
 

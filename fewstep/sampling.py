@@ -123,7 +123,7 @@ def _batched(
     prompts = teacher.prompts if prompts is None else prompts
     if isinstance(prompts, str) or not prompts:  # a string is a sequence too: of its letters
         raise ValueError(
-            f"prompts must be a list of one prompt or more, or None for the teacher's own; got {prompts!r}"
+            f"prompts must be a list of one prompt or more, or None for the teacher's own, if any; got {prompts!r}"
         )
     # Buffers too: a closed-form teacher is a formula without a parameter.
     device = next((p.device for p in chain(denoiser.parameters(), denoiser.buffers())), torch.device("cpu"))

@@ -11,12 +11,32 @@ LATENTS = (4, 4, 4)
 PIXELS = 16
 
 
+def tiny_transformer() -> Any:
+    """A CogView4Transformer2DModel: two blocks of width 32 on the tiny latents; text of width 16."""
+    from diffusers import CogView4Transformer2DModel
+
+    return CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=LATENTS[0],
+        out_channels=LATENTS[0],
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=32,
+        condition_dim=16,
+        pos_embed_max_size=LATENTS[1] // 2,
+        sample_size=LATENTS[1],
+        rope_axes_dim=(LATENTS[1] // 2, LATENTS[1] // 2),
+    )
+
+
 def build(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
     """Write the folder: 4x4x4 latents, 16x16 grey pictures, two transformer blocks of width 32.  Returns it.
 
     scheduler: further settings of FlowMatchEulerDiscreteScheduler.
     """
-    from diffusers import AutoencoderKL, CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
+    from diffusers import AutoencoderKL, CogView4Pipeline, FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from fewstep.teachers.fashion_build.captions import MAX_TOKENS, build_tokenizer
@@ -47,22 +67,8 @@ def build(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
         scaling_factor=0.7,
         sample_size=PIXELS,
     )
-    transformer = CogView4Transformer2DModel(
-        patch_size=2,
-        in_channels=LATENTS[0],
-        out_channels=LATENTS[0],
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        text_embed_dim=16,
-        time_embed_dim=32,
-        condition_dim=16,
-        pos_embed_max_size=LATENTS[1] // 2,
-        sample_size=LATENTS[1],
-        rope_axes_dim=(LATENTS[1] // 2, LATENTS[1] // 2),
-    )
     pipe = CogView4Pipeline(
-        tokenizer, CLIPTextModel(text), vae, transformer, FlowMatchEulerDiscreteScheduler(**scheduler)
+        tokenizer, CLIPTextModel(text), vae, tiny_transformer(), FlowMatchEulerDiscreteScheduler(**scheduler)
     )
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -198,7 +198,7 @@ class EDM(NoiseSchedule):
     """alpha = 1, sigma(t) = (smin^(1/rho) + t (smax^(1/rho) - smin^(1/rho)))^rho     [EDM, arXiv:2206.00364, eq. 5]
 
     At t = i/999 this is DMD's 1000-entry Karras table in ascending order. at(0) is sigma_min, not data. sigma_data is
-    not part of the curve; preconditioning and loss weights read it here.
+    not part of the curve; the denoising loss's weight reads it here.
     """
 
     sigma_min: float = 0.002

@@ -79,7 +79,10 @@ class DMD2:
         return backward_simulation(trio.generator, batch, rng, self.sampler)
 
     def law(self, low: int, high: int) -> Law:
-        """Where samples are re-noised to: uniform over indices of 1000, shifted as the teacher's training was."""
+        """Where samples are re-noised to: uniform over indices of 1000, then through `shift`, a setting.
+
+        The teacher's own shift is not read, and the indices bound t before the shift, not after it.
+        """
         return Shifted(DiscreteUniform(low, high), self.shift)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import Prediction, raw_of
+from fewstep.diffusion import EDM, Prediction, raw_of
 from fewstep_cuda import score_difference
 
 
@@ -43,18 +43,20 @@ def distribution_matching(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor:
     return _WithGradient.apply(x, value, grad), weight  # type: ignore[return-value]
 
 
-def denoising(pred: Prediction, x0: Tensor, eps: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+def denoising(pred: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
     """The fake score's regression: mean-squared error in what its network predicts.
 
     eps, v and flow networks: mean (raw - target)^2.  x0 networks, by EDM's weight (its alpha is 1):
     mean (alpha^2/sigma^2 + 1/sigma_data^2)(x0_hat - x0)^2.     [DMD, arXiv:2311.18828, Eq. 6 and Alg. 3]
 
+    sigma_data is the EDM schedule's; 0.5, its default, on others.
     x0, eps: what pred.x_t was made of, [B, C, H, W].  Returns a scalar.
     """
     target = raw_of(pred.kind, x0, eps, pred.t, pred.schedule)
     error = (pred.raw.to(target.dtype) - target).square().flatten(1).mean(1)
     if pred.kind == "x0":
         c = pred.schedule.at(pred.t)
+        sigma_data = pred.schedule.sigma_data if isinstance(pred.schedule, EDM) else 0.5
         # EDM's cleanest level is sigma .002; a schedule that reaches 0 would weigh a rounding error infinitely.
         error = error * ((c.alpha / c.sigma.clamp_min(2e-3)).square() + sigma_data**-2)
     return error.mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,7 +64,8 @@ class Teacher:
     """Everything about a pretrained diffusion model that distillation needs.
 
     denoiser: the real score.  encode: prompts to conditions.  codec: latents to images.  shape: one sample's shape.
-    prompts: default prompts to distil on.  grid: (steps) -> the pipeline's own descending times [steps + 1].
+    prompts: default prompts to distil on; none if only the user can know them.
+    grid: (steps) -> the pipeline's own descending times [steps + 1].
     solver, guidance: how its pipeline samples.
     student: makes the network that generator and fake score start from where the teacher is a formula.
     folder: the diffusers folder that the teacher was loaded from, for export.
@@ -83,6 +84,10 @@ class Teacher:
     student: Callable[[], Denoiser] | None = None
     folder: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def showing(self, prompts: Sequence[str]) -> Teacher:
+        """This teacher with `prompts` as its own if it brings none; its own are its evaluation's and stay."""
+        return self if self.prompts else replace(self, prompts=tuple(prompts))
 
     def to(self, device: torch.device | str) -> Teacher:
         """Move the denoiser; encoders and codec follow on use."""

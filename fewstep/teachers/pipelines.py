@@ -103,7 +103,7 @@ def cogview4(pipe: Any, source: str) -> Teacher:
         codec=VAECodec(pipe.vae),
         shape=shape,
         card=TeacherCard(source, source),
-        prompts=("",),
+        prompts=(),
         grid=grid,
         guidance=5.0,
     )
@@ -172,13 +172,18 @@ class PipelineEncoder:
         return self._known[prompt]
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        """B prompts -> {"text": [B, L, D]}; shorter ones are padded in front as the pipeline pads."""
+        """B prompts -> {"text": [B, L, D]}, L the pipeline's padded length of the empty prompt.
+
+        The pipeline pads to multiples of 16 tokens.  Raises ValueError for a prompt of another padded length: one
+        call's rows, and the empty prompt of guidance, must be equally long.
+        """
         rows = [self._encode(p) for p in prompts]
         lengths = {row.shape[1] for row in rows}
         null = self._encode("")
         if lengths != {null.shape[1]}:
             raise ValueError(
-                f"prompts of {max(lengths)} tokens beside {null.shape[1]}: use prompts of one padded length"
+                f"a prompt takes {max(lengths)} padded tokens, the empty prompt {null.shape[1]}; this version needs "
+                "them equal: use shorter prompts"
             )
         return Condition({"text": torch.cat(rows)}, {"text": null})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -47,11 +47,12 @@ def prepare(
     prompts = read_prompts(config.prompts) if config.prompts else None
     start = _open_folder(config, out, resume, overwrite)
     teacher = load()
-    _check_needs(config, teacher)
+    prompts = prompts or teacher.prompts
+    _check_needs(config, teacher, prompts)
     accelerator = _accelerator(config.train)
     trio = Trio.build(teacher.denoiser, config.objective.roles, sharing=config.train.sharing, init=teacher.student)
-    data = PromptData(prompts or teacher.prompts, teacher.encode, teacher.shape, config.train.seed)
-    monitor = Preview(teacher, out, config.objective.sampler)
+    data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed)
+    monitor = Preview(teacher.showing(prompts), out, config.objective.sampler)
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
     )
@@ -113,14 +114,19 @@ def _resumable(config: RunConfig, out: Path) -> Path | None:
     return found
 
 
-def _check_needs(config: RunConfig, teacher: Teacher) -> None:
+def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> None:
+    if not prompts:
+        raise ValueError(
+            f"teacher {teacher.card.name!r} brings no prompts to distil on, and the empty one alone would teach a "
+            "student nothing about any other; give --prompts FILE, one prompt per line"
+        )
     missing = config.objective.needs & {"latents", "pairs"}
     if missing:
         raise ValueError(
             f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
         )
     guidance = getattr(config.objective, "guidance", 1.0)
-    if guidance != 1 and not teacher.encode(teacher.prompts[:1]).null:
+    if guidance != 1 and not teacher.encode(prompts[:1]).null:
         raise ValueError(
             f"method.guidance = {guidance}, but teacher {teacher.card.name!r} has no unconditional branch; "
             "use --set method.guidance=1"

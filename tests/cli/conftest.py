@@ -64,8 +64,10 @@ def pipeline_folder(tmp_path_factory) -> Path:
 def pipeline_run(cli, pipeline_folder, tmp_path_factory) -> Path:
     """A finished run on the tiny pipeline.  Tests must leave it as it is."""
     out = tmp_path_factory.mktemp("distilled") / "run"
+    (out.parent / "prompts.txt").write_text("a photo of a bag\na coat\n")
     done = cli(
-        "distill", "--teacher", pipeline_folder, "--method", "dmd2", "--set", "method.guidance=2",
+        "distill", "--teacher", pipeline_folder, "--prompts", out.parent / "prompts.txt",
+        "--method", "dmd2", "--set", "method.guidance=2",
         "--iterations", "2", "--batch-size", "2", "--lr", "1e-3", "--device", "cpu", "--out", out,
     )  # fmt: skip
     assert done.exit_code == 0, done.output

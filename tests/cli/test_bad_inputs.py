@@ -297,6 +297,13 @@ def test_export_of_a_closed_form_student_is_refused(cli, toy_run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_pipeline_without_prompts_is_refused(cli, pipeline_folder, tmp_path):
+    """Fails if the empty prompt stands in: guidance would do nothing, and the student would know no other prompt."""
+    wrong = ("distill", "--teacher", pipeline_folder, "--method", "dmd2", "--out", tmp_path / "run")
+    check_refused(cli(*wrong), "brings no prompts", "give --prompts FILE")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_evaluation_of_a_teacher_without_one_is_refused(cli, pipeline_run):
     check_refused(cli("eval", pipeline_run), "brings no evaluation", "fewstep sample")
 

@@ -11,6 +11,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from fewstep.api import load_student
+
 HUBER = '''
 from dataclasses import dataclass
 
@@ -169,6 +171,11 @@ def test_export_prints_the_folder_that_it_wrote(cli, pipeline_run, tmp_path):
     assert done.stdout.strip() == str(tmp_path / "new" / "folder")
     assert "from_pretrained" in (tmp_path / "new" / "folder" / "README.md").read_text()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+def test_a_run_on_a_prompt_file_is_sampled_on_it(pipeline_run):
+    """Its teacher brings no prompts.  Fails if the run's own are forgotten after training."""
+    assert load_student(pipeline_run).teacher.prompts == ("a photo of a bag", "a coat")
 
 
 def test_sample_takes_prompts_and_a_place(cli, pipeline_run, tmp_path):

@@ -51,10 +51,20 @@ def runs(tmp_path_factory):
     """Runs of a few iterations by name: a tiny pipeline, distilled to students of every kind."""
     root = tmp_path_factory.mktemp("export")
     teachers = {"plain": build(root / "plain"), "shift": build(root / "shift", shift=3.0)}
-    options = {"iterations": 6, "batch_size": 2, "guidance": 2.0, "train": {"device": "cpu", "generator": {"lr": 1e-2}}}
+    (root / "prompts.txt").write_text(f"{PROMPT}\na coat\n")
+    options = {
+        "prompts": str(root / "prompts.txt"),
+        "iterations": 6,
+        "batch_size": 2,
+        "guidance": 2.0,
+        "train": {"device": "cpu", "generator": {"lr": 1e-2}},
+    }
     return {
         name: fewstep.distill(
-            str(teachers["shift" if name == "shifted" else "plain"]), out=root / f"run-{name}", **options, **kind
+            str(teachers["shift" if name == "shifted" else "plain"]),
+            out=root / f"run-{name}",
+            **options,
+            **kind,
         )
         for name, kind in STUDENTS.items()
     }
@@ -157,6 +167,8 @@ def test_no_token_is_stored(tmp_path, monkeypatch):
     """Neither in the run folder nor in the export.  Fails if the environment is recorded as it is."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
     options = {"iterations": 1, "batch_size": 2, "guidance": 2.0, "train": {"device": "cpu"}}
+    (tmp_path / "prompts.txt").write_text("a coat\n")
+    options["prompts"] = str(tmp_path / "prompts.txt")
     run = fewstep.distill(str(build(tmp_path / "teacher")), out=tmp_path / "run", **options)
     export_run(run.out, tmp_path / "exported")
     files = [p for p in tmp_path.rglob("*") if p.is_file()]

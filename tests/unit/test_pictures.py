@@ -4,19 +4,20 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.pictures import PAPER, panel, picture, save, scatter, side_by_side, to_uint8
+from fewstep.metrics.features import quantise
+from fewstep.pictures import PAPER, panel, picture, save, scatter, side_by_side
 
 
 def test_ends_and_middle_become_their_bytes():
     """Fails with 127.5 x + 127.5: 0 becomes 127."""
     x = torch.tensor([-1.0, 1.0, 0.0, -9.0, 9.0, -1 / 127.5])
-    assert to_uint8(x).tolist() == [0, 255, 128, 0, 255, 127]
+    assert quantise(x).tolist() == [0, 255, 128, 0, 255, 127]
 
 
 def test_every_byte_survives_the_round_trip():
     """A picture that is read, shown and read again stays what it is."""
     values = torch.arange(256)
-    assert to_uint8(values / 127.5 - 1).tolist() == values.tolist()
+    assert quantise(values / 127.5 - 1).tolist() == values.tolist()
 
 
 def test_rows_of_a_picture_run_down_and_columns_across():

@@ -9,6 +9,7 @@ from fewstep.models.backbones import CogView4
 from fewstep.models.denoiser import Denoiser
 from fewstep.teachers import gaussian
 from fewstep.types import Condition
+from tests.tiny_pipeline import LATENTS, tiny_transformer
 
 
 def student():
@@ -45,23 +46,10 @@ def test_a_bf16_network_answers_in_float32_views():
 
 
 def test_cogview4_is_called_as_its_pipeline_calls_it():
-    from diffusers import CogView4Transformer2DModel
-
     torch.manual_seed(0)
-    net = CogView4Transformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        text_embed_dim=6,
-        time_embed_dim=16,
-        condition_dim=8,
-        sample_size=8,
-    ).eval()
-    x, t, text = torch.randn(3, 4, 8, 8), torch.tensor([1.0, 0.748, 0.25]), torch.randn(3, 16, 6)
-    size = torch.full((3, 2), 32.0)
+    net = tiny_transformer().eval()
+    x, t, text = torch.randn(3, *LATENTS), torch.tensor([1.0, 0.748, 0.25]), torch.randn(3, 16, 16)
+    size = torch.full((3, 2), 4.0 * LATENTS[-1])
     with torch.no_grad():
         expected = net(
             hidden_states=x,
