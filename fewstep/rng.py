@@ -24,6 +24,7 @@ class Rng:
     """The random numbers of one turn of one iteration.
 
     Each named stream can be drawn once: a second draw would silently repeat the first one's numbers.
+    iteration: counted from 0; what starts late looks at it.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Rng:
         sample_ids: Sequence[int],
         device: torch.device | str = "cpu",
     ) -> None:
+        self.iteration = iteration
         self._prefix = (seed, iteration, turn)
         self._sample_ids = tuple(sample_ids)
         self._device = device

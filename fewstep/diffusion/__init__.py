@@ -5,6 +5,7 @@ from fewstep.diffusion.prediction import Denoise, Prediction, raw_of
 from fewstep.diffusion.samplers import State, few_step, ode, student_grid, time_grid, trajectory
 from fewstep.diffusion.schedules import EDM, Coefficients, NoiseSchedule, RectifiedFlow, TrigFlow, VPTable, like, match
 from fewstep.diffusion.times import (
+    Clamped,
     DiscreteUniform,
     Interval,
     Law,
@@ -17,6 +18,7 @@ from fewstep.diffusion.times import (
 
 __all__ = [
     "EDM",
+    "Clamped",
     "Coefficients",
     "Denoise",
     "DiscreteUniform",

@@ -118,6 +118,21 @@ class Shifted:
         return shift_time(self.law.sample(rng, stream, device), self.shift)
 
 
+@dataclass(frozen=True)
+class Clamped:
+    """Another law with what lies outside [low, high] moved to that end."""
+
+    law: Law
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_interval(self.low, self.high)
+
+    def sample(self, rng: Rng, stream: str, device: torch.device | str | None = None) -> Tensor:
+        return self.law.sample(rng, stream, device).clamp(self.low, self.high)
+
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t' = k t / (1 + (k - 1) t): multiplies rectified flow's sigma / alpha by k     [SD3, arXiv:2403.03206, 5.3.2]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from fewstep.types import Condition, Kind
 class Backbone(nn.Module, ABC):
     """Call adapter of one network family: it alone knows the network's time scale and argument names.
 
-    module: the unmodified network; the trainer may replace it by a wrapped one (DDP, FSDP).
+    module: the unmodified network.  No parallel wrapper ever takes its place: the trainer averages gradients itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -38,7 +38,23 @@ class Backbone(nn.Module, ABC):
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
 
-class Denoiser(nn.Module):
+class Player(nn.Module):
+    """A network in a role: what of it trains and is saved."""
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that its turns train, by name."""
+        return dict(self.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return self.state_dict()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put a `state` back.  Raises RuntimeError (from torch) if names or shapes differ."""
+        self.load_state_dict(dict(state))
+
+
+class Denoiser(Player):
     """A backbone, the noise schedule that it lives on and what it predicts.
 
     It decides nothing about gradients: that belongs to objectives and samplers.
@@ -60,6 +76,18 @@ class Denoiser(nn.Module):
         with _tapped(self.backbone.module, taps) as found:
             raw = self.backbone(x_t.to(self.backbone.dtype), self.backbone.network_time(t), cond)
         return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The network's parameters, as its family names them."""
+        return dict(self.backbone.module.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """The network's state, as its family names it."""
+        return self.backbone.module.state_dict()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put a `state` back.  Raises RuntimeError (from torch) if names or shapes differ."""
+        self.backbone.module.load_state_dict(dict(state))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 
 from fewstep.models.denoiser import Denoiser
 
@@ -30,7 +29,7 @@ class EMA:
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
     @torch.no_grad()
-    def update(self, source: nn.Module) -> None:
+    def update(self, source: Denoiser) -> None:
         """Move the average towards `source`'s present weights; buffers are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1

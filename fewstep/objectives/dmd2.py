@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from fewstep.diffusion import DiscreteUniform, Law, Shifted, guided
+from fewstep.diffusion import Clamped, DiscreteUniform, Law, Shifted, guided
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, register_objective
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
@@ -79,11 +79,11 @@ class DMD2:
         return backward_simulation(trio.generator, batch, rng, self.sampler)
 
     def law(self, low: int, high: int) -> Law:
-        """Where samples are re-noised to: uniform over indices of 1000, then through `shift`, a setting.
+        """Where samples are re-noised to: t = i / 999, i uniform over low..high, then through `shift`, a setting.
 
-        The teacher's own shift is not read, and the indices bound t before the shift, not after it.
+        The indices bound t after the shift too, as the flow ports of DMD2 have it.  The teacher's own shift is not read.
         """
-        return Shifted(DiscreteUniform(low, high), self.shift)
+        return Clamped(Shifted(DiscreteUniform(low, high), self.shift), low / 999, high / 999)
 
 
 def _moments(x: torch.Tensor) -> dict[str, torch.Tensor]:

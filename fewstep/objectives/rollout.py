@@ -40,14 +40,18 @@ class StudentSampler:
         return student_grid(schedule, num_steps or self.num_steps, shift=self.shift)
 
 
-def backward_simulation(generator: Denoiser, batch: Batch, rng: Rng, sampler: StudentSampler) -> Rollout:
+def backward_simulation(
+    generator: Denoiser, batch: Batch, rng: Rng, sampler: StudentSampler, *, stream: str = "rollout"
+) -> Rollout:
     """Run the student's sampler to one of its steps, drawn uniformly, and make x there with gradient.
 
     The states before that step come from the student itself, not from noised real images, so training sees what
     inference sees.  No gradient reaches them.  At the first step the input is pure noise.  The step is one for the
     whole global batch.     [DMD2, arXiv:2405.14867, section 4.5]
+
+    stream: prefix of the random streams; a second rollout in the same turn needs another.
     """
-    step, calls = rng.shared_int("rollout.step", sampler.num_steps), count()
+    step, calls = rng.shared_int(f"{stream}.step", sampler.num_steps), count()
     grid = sampler.grid(generator.schedule)[: step + 1]
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -55,8 +59,8 @@ def backward_simulation(generator: Denoiser, batch: Batch, rng: Rng, sampler: St
             return generator(x_t, t, batch.cond).x0
 
     def draw(index: int, x0: Tensor) -> Tensor:
-        return rng.randn_like(x0, f"rollout.renoise{index}")
+        return rng.randn_like(x0, f"{stream}.renoise{index}")
 
-    noise = generator.schedule.prior(rng.randn("rollout.noise", batch.shape))
+    noise = generator.schedule.prior(rng.randn(f"{stream}.noise", batch.shape))
     x = few_step(denoise, noise, grid, generator.schedule, draw=draw if sampler.stochastic else None)
     return Rollout(x, step)

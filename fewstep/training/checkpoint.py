@@ -64,17 +64,20 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read(folder: Path) -> Checkpoint:
-    """Read a checkpoint whose every byte is as written.  Raises ValueError that says what is damaged."""
-    problem = damage(folder)
+def read(folder: Path, *, only: str | None = None) -> Checkpoint:
+    """Read a checkpoint whose every byte is as written.  Raises ValueError that says what is damaged.
+
+    only: the stem of the one file of tensors that is wanted; the others are neither checked nor read.
+    """
+    problem = damage(folder, only=only)
     if problem:
         raise ValueError(f"checkpoint {folder} is damaged: {problem}")
-    stems = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
-    return Checkpoint({path.stem: load_file(path) for path in stems}, json.loads((folder / STATE).read_text()))
+    files = folder.glob("*.safetensors" if only is None else f"{only}.safetensors")
+    return Checkpoint({path.stem: load_file(path) for path in files}, json.loads((folder / STATE).read_text()))
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+def damage(folder: Path, *, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint folder, or None.  only: as in `read`."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -83,6 +86,8 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} does not parse"
     for name, expected in sums.items():
         path = folder / name
+        if only is not None and name not in (STATE, f"{only}.safetensors"):
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != expected:
@@ -100,10 +105,13 @@ def all_of(run: Path) -> list[Path]:
     )
 
 
-def newest_valid(run: Path) -> Path | None:
-    """The newest undamaged checkpoint; each damaged one passed over is reported.  None if there is none."""
+def newest_valid(run: Path, *, only: str | None = None) -> Path | None:
+    """The newest undamaged checkpoint; each damaged one passed over is reported.  None if there is none.
+
+    only: as in `read`.
+    """
     for folder in all_of(run):
-        problem = damage(folder)
+        problem = damage(folder, only=only)
         if problem is None:
             return folder
         log.error("checkpoint %s is DAMAGED (%s); falling back to the one before", folder, problem)
@@ -115,11 +123,14 @@ def folder_of(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"{iteration:08d}"
 
 
-def prune(run: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` valid checkpoints and the best one; leftovers of killed writes go too."""
+def prune(run: Path, keep: int, best: int | None, *, written: Path | None = None) -> None:
+    """Delete all but the newest `keep` valid checkpoints and the best one; leftovers of killed writes go too.
+
+    written: the one written just now, which is not read again to see whether it is valid.
+    """
     kept = 0
     for folder in all_of(run):
-        if kept < keep and damage(folder) is None:
+        if kept < keep and (folder == written or damage(folder) is None):
             kept += 1
         elif int(folder.name) != best:
             shutil.rmtree(folder)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.ema import EMA
@@ -21,6 +20,7 @@ from fewstep.training import checkpoint
 from fewstep.training.data import PromptData
 from fewstep.training.optim import build_optimizer, learning_rate
 from fewstep.training.options import TrainConfig
+from fewstep.training.parallel import average_gradients
 from fewstep.training.progress import PATIENCE, Diverged, Interrupted, Progress
 from fewstep.training.signals import stop_signals
 from fewstep.training.tracking import Tracker
@@ -60,6 +60,11 @@ class Trainer:
             raise ValueError(
                 f"batch_size {config.batch_size} is not a multiple of accumulate x processes = "
                 f"{config.accumulate} x {ranks}"
+            )
+        if accelerator.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"accelerate is set to {accelerator.gradient_accumulation_steps} gradient accumulation steps; leave "
+                "that at 1 and use train.accumulate, which counts micro-batches of batch_size"
             )
         self.config, self.trio, self.objective, self.data = config, trio, objective, data
         self.out, self.accelerator, self.monitor = out, accelerator, monitor
@@ -107,14 +112,13 @@ class Trainer:
             group["lr"] = rate
         metrics = []
         with self.trio.turn(turn):
-            for ids, last in self._micro_batches(iteration):
+            for ids in self._micro_batches(iteration):
                 batch = self.data.batch(ids, self.accelerator.device)
                 rng = Rng(self.config.seed, iteration, turn, ids, self.accelerator.device)
-                with nullcontext() if last else self._no_sync(turn):
-                    losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
-                    for loss in [losses] if isinstance(losses, Loss) else losses:
-                        self.accelerator.backward(loss.total / self.config.accumulate)
-                        metrics.append(loss.metrics)
+                losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
+                for loss in [losses] if isinstance(losses, Loss) else losses:
+                    self.accelerator.backward(loss.total / self.config.accumulate)
+                    metrics.append(loss.metrics)
             if self._descend(turn, optimizer, config.clip):  # a skipped step's NaN would be the whole interval's mean
                 for row in metrics:
                     self._collect(row)
@@ -124,9 +128,11 @@ class Trainer:
 
         The norm is the step's only synchronisation.
         """
+        weights = self.trio.weights(turn)
+        average_gradients(weights, self.accelerator)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.players[turn].parameters(), clip)
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip)
         finite = bool(norm.isfinite())
         if finite:
             self._collect({f"{turn}/grad_norm": norm})
@@ -149,38 +155,34 @@ class Trainer:
                 f"lower learning rate (--lr), or --precision fp32 or bf16; what {self.out} holds can be evaluated."
             )
 
-    def _micro_batches(self, iteration: int) -> Iterator[tuple[tuple[int, ...], bool]]:
-        """This rank's global sample indices, micro-batch by micro-batch, and whether it is the last."""
+    def _micro_batches(self, iteration: int) -> Iterator[tuple[int, ...]]:
+        """This rank's global sample indices, micro-batch by micro-batch."""
         size = self.config.batch_size // self.accelerator.num_processes
         first = iteration * self.config.batch_size + self.accelerator.process_index * size
         micro = size // self.config.accumulate
         for part in range(self.config.accumulate):
             start = first + part * micro
-            yield tuple(range(start, start + micro)), part == self.config.accumulate - 1
-
-    @contextmanager
-    def _no_sync(self, turn: Turn) -> Iterator[None]:
-        """Micro-batches before the last keep their gradients local."""
-        networks = [m.backbone.module if isinstance(m, Denoiser) else m for m in self.players[turn]]
-        with ExitStack() as stack:
-            for network in networks:
-                stack.enter_context(self.accelerator.no_sync(network))
-            yield
+            yield tuple(range(start, start + micro))
 
     def _prepare(self) -> None:
-        """Hand networks and optimisers to accelerate: precision, parallel wrappers, loss scaling."""
-        self.trio.real_score.to(self.accelerator.device)
-        self.ema.denoiser.to(self.accelerator.device)
+        """Hand networks and optimisers to accelerate: device, autocast, loss scaling."""
         self.players = self.trio.players()
-        for modules in self.players.values():
-            modules.requires_grad_(True)  # parallel wrappers look for trainable parameters when they wrap
-            for player in modules:
-                if isinstance(player, Denoiser):
-                    player.backbone.module = self.accelerator.prepare_model(player.backbone.module)
-            modules.to(self.accelerator.device)
+        trained = [network for networks in self.players.values() for network in networks.values()]
+        for network in (self.trio.real_score, self.ema.denoiser, *trained):
+            network.to(self.accelerator.device)
+        for network in (self.trio.real_score, *trained):
+            module = network.backbone.module if isinstance(network, Denoiser) else network
+            # evaluation_mode: autocast, but no parallel wrapper; see training/parallel.py.
+            if self.accelerator.prepare_model(module, evaluation_mode=True) is not module:
+                raise ValueError(
+                    "accelerate wraps networks here (torch.compile or a sharding plugin), which this version cannot "
+                    "train with; use a plain `accelerate config`: several processes and mixed precision work"
+                )
         self.optimizers = {
-            turn: self.accelerator.prepare_optimizer(build_optimizer(modules, getattr(self.config, turn)))
-            for turn, modules in self.players.items()
+            turn: self.accelerator.prepare_optimizer(
+                build_optimizer(self.trio.weights(turn), getattr(self.config, turn))
+            )
+            for turn in self.players
         }
         turns = [self.objective.turns.at(i) for i in range(self.config.iterations)]
         self._planned = {turn: sum(turn in now for now in turns) for turn in self.players}
@@ -195,7 +197,7 @@ class Trainer:
         end = done == self.config.iterations
         if done % self.config.log_every == 0 or end:
             self._log(done)
-        improved = (done % self.config.evaluate_every == 0 or end) and self._agree(self._evaluate(done))
+        improved = (done % self.config.evaluate_every == 0 or end) and self._evaluate(done)
         self.progress.seconds = self.tracker.seconds
         return self.save() if improved or end or done % self.config.checkpoint_every == 0 else None
 
@@ -215,7 +217,24 @@ class Trainer:
             self.tracker.log(done, row, images=done * self.config.batch_size)
 
     def _evaluate(self, done: int) -> bool:
-        """Judge the averaged student; True if it is the best so far."""
+        """Judge the averaged student on the main process; True on all if it is the best so far.
+
+        An error ends all processes: the others would wait for the main one for ever.
+        """
+        error: Exception | None = None
+        improved = False
+        try:
+            improved = self._judge(done)
+        except Exception as caught:
+            error = caught
+        failed = self._agree(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("the evaluation failed on the main process")
+        return bool(self._agree(improved))
+
+    def _judge(self, done: int) -> bool:
         if self.monitor is None or not self.accelerator.is_main_process:
             return False
         figures = self.monitor.evaluate(self.ema.denoiser, done)
@@ -245,17 +264,16 @@ class Trainer:
         if self.accelerator.is_main_process:
             checkpoint.write(folder, self._state(unlogged))
             best = self.progress.best
-            checkpoint.prune(self.out, self.config.keep, int(best["iteration"]) if best else None)
+            kept = int(best["iteration"]) if best else None
+            checkpoint.prune(self.out, self.config.keep, kept, written=folder)
         self.accelerator.wait_for_everyone()
         return folder
 
     def _state(self, unlogged: dict[str, Tensor]) -> checkpoint.Checkpoint:
-        ema = self.ema.denoiser.backbone.module.state_dict()
-        tensors: dict[str, dict[str, Tensor]] = {"ema": ema, "unlogged": unlogged}
+        tensors: dict[str, dict[str, Tensor]] = {"ema": self.ema.denoiser.state(), "unlogged": unlogged}
         extra: dict[str, Any] = {}
-        for turn, modules in self.players.items():
-            for index, module in enumerate(modules):
-                tensors[f"{turn}{index}"] = self._plain(module).state_dict()
+        for turn, networks in self.players.items():
+            tensors |= {role: network.state() for role, network in networks.items()}
             tensors[f"optimizer_{turn}"], extra[turn] = checkpoint.pack_optimizer(self.optimizers[turn])
         scaler = self.accelerator.scaler
         return checkpoint.Checkpoint(
@@ -281,17 +299,12 @@ class Trainer:
             )
         self.progress = Progress(**saved.state["progress"])
         self._sums = {k: list(v.to(self.accelerator.device)) for k, v in saved.tensors["unlogged"].items()}
-        self.ema.denoiser.backbone.module.load_state_dict(saved.tensors["ema"])
+        self.ema.denoiser.load(saved.tensors["ema"])
         self.ema.updates = saved.state["ema_updates"]
-        for turn, modules in self.players.items():
-            for index, module in enumerate(modules):
-                self._plain(module).load_state_dict(saved.tensors[f"{turn}{index}"])
+        for turn, networks in self.players.items():
+            for role, network in networks.items():
+                network.load(saved.tensors[role])
             tensors = saved.tensors[f"optimizer_{turn}"]
             checkpoint.unpack_optimizer(self.optimizers[turn], tensors, saved.state["optimizers"][turn])
         if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
-
-    def _plain(self, player: nn.Module) -> nn.Module:
-        """The network as diffusers knows it, without parallel wrappers and our own."""
-        module = player.backbone.module if isinstance(player, Denoiser) else player
-        return self.accelerator.unwrap_model(module, keep_torch_compile=False)

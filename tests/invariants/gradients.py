@@ -18,6 +18,7 @@ from fewstep.objectives.dmd2 import DMD2
 from fewstep.teachers import mixture
 from fewstep.training.data import PromptData
 from fewstep.training.options import TrainConfig
+from fewstep.training.parallel import average_gradients
 from fewstep.training.progress import Interrupted
 from fewstep.training.trainer import Trainer
 from fewstep.types import Turn
@@ -48,10 +49,11 @@ class Gradients(Trainer):
         self.seen: dict[str, Tensor] = {}
 
     def _descend(self, turn: Turn, optimizer: Any, clip: float) -> None:
-        for name, p in self.players[turn].named_parameters():
-            assert p.grad is not None
-            key = f"{self.progress.iteration}.{turn}.{name.replace('backbone.module.module', 'backbone.module')}"
-            self.seen[key] = p.grad.clone()  # DDP adds one "module" to the names
+        average_gradients(self.trio.weights(turn), self.accelerator)
+        for role, network in self.players[turn].items():
+            for name, p in network.weights().items():
+                assert p.grad is not None
+                self.seen[f"{self.progress.iteration}.{turn}.{role}.{name}"] = p.grad.clone()
         optimizer.zero_grad(set_to_none=True)
 
 

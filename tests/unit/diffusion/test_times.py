@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from fewstep.diffusion import (
     EDM,
+    Clamped,
     DiscreteUniform,
     Interval,
     LogitNormal,
@@ -143,3 +144,11 @@ def test_shifted_moves_every_draw():
 def test_impossible_laws_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_clamped_moves_what_lies_outside_to_the_ends():
+    """DMD2 on flows bounds t after the shift.  Fails if the clamp comes before it: 0.98 becomes 0.996."""
+    law = Clamped(Shifted(DiscreteUniform(20, 980), 5.0), 20 / 999, 980 / 999)
+    t = law.sample(Rng(0, 0, "generator", range(4000)), "t")
+    assert t.max().item() == pytest.approx(980 / 999) and t.min().item() > 20 / 999
+    assert (t == t.max()).sum() > 100

@@ -22,12 +22,12 @@ def test_roles_start_equal_and_share_nothing():
 def test_only_the_named_player_requires_gradients_and_nobody_afterwards():
     trio = build()
     for turn, other in (("generator", trio.critic()), ("critic", trio.generator)):
-        mine = trio.players()[turn]
+        mine = trio.weights(turn)
         with trio.turn(turn):
-            assert all(p.requires_grad for p in mine.parameters())
+            assert mine and all(p.requires_grad for p in mine)
             assert not any(p.requires_grad for p in other.parameters())
             assert not any(p.requires_grad for p in trio.real_score.parameters())
-        assert not any(p.requires_grad for p in mine.parameters())
+        assert not any(p.requires_grad for p in mine)
 
 
 def test_a_turn_ends_even_if_its_loss_raises():
@@ -48,3 +48,8 @@ def test_unknown_sharing_is_refused():
     teacher = gaussian(fit_steps=0)
     with pytest.raises(ValueError, match=r"sharing='telepathy'.*copies"):
         Trio.build(teacher.denoiser, frozenset(), sharing="telepathy", init=teacher.student)
+
+
+def test_roles_that_cannot_be_supplied_are_refused():
+    with pytest.raises(ValueError, match=r"asks for the roles \['ema'\]"):
+        build(frozenset({"ema"}))

@@ -115,3 +115,15 @@ def test_deterministic_renoising_keeps_the_noise():
     net, _ = rolls_by_step(RectifiedFlow(), 2, stochastic=False)[1]
     (first, _, _), (second, _, _) = net.seen
     assert_close(second, 0.5 * 0.7 + 0.5 * first)
+
+
+def test_a_second_rollout_in_one_turn_needs_streams_of_its_own():
+    """Fails with fixed names: a method with two graphs could not draw its second rollout."""
+    generator = Denoiser(Recorder(0.7), RectifiedFlow(), "x0")
+    batch, rng = Batch(Condition(), (5,), (0, 1)), Rng(0, 0, "generator", (0, 1))
+    backward_simulation(generator, batch, rng, StudentSampler(1))
+    with pytest.raises(ValueError, match="drawn already"):
+        backward_simulation(generator, batch, rng, StudentSampler(1))
+    backward_simulation(generator, batch, rng, StudentSampler(1), stream="second")
+    first, second = (seen[0] for seen in (generator.backbone.seen[0], generator.backbone.seen[-1]))
+    assert not torch.equal(first, second)

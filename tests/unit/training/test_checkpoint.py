@@ -190,3 +190,15 @@ def test_unpacking_into_other_parameters_is_refused():
     tensors, extra = checkpoint.pack_optimizer(torch.optim.AdamW(net.parameters()))
     with pytest.raises(ValueError, match="doesn't match"):
         checkpoint.unpack_optimizer(torch.optim.AdamW([net.weight]), tensors, extra)
+
+
+def test_reading_one_file_neither_checks_nor_reads_the_others(tmp_path: Path):
+    """A student is a third of a checkpoint.  Its own damage is still found."""
+    folder = checkpoint.write(
+        tmp_path / "5", Checkpoint({"ema": {"a": torch.ones(2)}, "x": {"b": torch.ones(2)}}, STATE)
+    )
+    flip(folder / "x.safetensors", -1)
+    assert set(checkpoint.read(folder, only="ema").tensors) == {"ema"}
+    flip(folder / "ema.safetensors", -1)
+    with pytest.raises(ValueError, match=r"ema\.safetensors differs"):
+        checkpoint.read(folder, only="ema")

@@ -34,7 +34,7 @@ def test_optimizer_holds_parameters_that_do_not_require_grad_yet():
     """Players are built between turns, when nothing does.  Fails with a filter on requires_grad."""
     net = nn.Linear(3, 2).requires_grad_(False)
     config = OptimConfig(lr=0.3, betas=(0.0, 0.9), eps=1e-6, weight_decay=0.2)
-    (group,) = build_optimizer(net, config).param_groups
+    (group,) = build_optimizer(net.parameters(), config).param_groups
     assert len(group["params"]) == 2
     assert [group[k] for k in ("lr", "betas", "eps", "weight_decay")] == [0.3, (0.0, 0.9), 1e-6, 0.2]
 

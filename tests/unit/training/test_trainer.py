@@ -28,10 +28,10 @@ class Broken(DMD2):
     critic_at: frozenset[int] = frozenset()
 
     def generator_loss(self, trio, batch, rng):
-        return spoilt(super().generator_loss(trio, batch, rng), rng._prefix[1] in self.generator_at)
+        return spoilt(super().generator_loss(trio, batch, rng), rng.iteration in self.generator_at)
 
     def critic_loss(self, trio, batch, rng):
-        return spoilt(super().critic_loss(trio, batch, rng), rng._prefix[1] in self.critic_at)
+        return spoilt(super().critic_loss(trio, batch, rng), rng.iteration in self.critic_at)
 
 
 def spoilt(loss: Loss, now: bool) -> Loss:
@@ -42,8 +42,10 @@ def broken(*, turns: Turns = Turns(), **at: Any) -> Broken:
     return Broken(guidance=1.0, turns=turns, **{k: frozenset(v) for k, v in at.items()})
 
 
-def weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(module.state_dict())
+def weights(networks: Any) -> dict[str, Tensor]:
+    """A copy of the state of one network, or of all networks of a player."""
+    networks = networks if isinstance(networks, dict) else {"": networks}
+    return {f"{role}.{k}": v.clone() for role, network in networks.items() for k, v in network.state().items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -148,7 +150,8 @@ def test_nothing_requires_grad_after_a_turn(trainer_of: TrainerOf):
     """Fails without the clean-up at the end of `Trio.turn`."""
     trainer = trainer_of()
     steps(trainer, 0, 1)
-    modules = [*trainer.players.values(), trainer.trio.real_score, trainer.ema.denoiser]
+    trained = [network for networks in trainer.players.values() for network in networks.values()]
+    modules = [*trained, trainer.trio.real_score, trainer.ema.denoiser]
     assert not any(p.requires_grad or p.grad is not None for module in modules for p in module.parameters())
 
 
@@ -159,7 +162,7 @@ def test_gradient_is_clipped_to_each_players_own_norm(trainer_of: TrainerOf):
     for turn, optimizer in trainer.optimizers.items():
 
         def stepped(turn=turn):
-            norms[turn] = torch.stack([p.grad.norm() for p in trainer.players[turn].parameters()]).norm().item()
+            norms[turn] = torch.stack([p.grad.norm() for p in trainer.trio.weights(turn)]).norm().item()
 
         optimizer.step = stepped
     steps(trainer, 0, 1)
@@ -280,3 +283,21 @@ def test_a_resumed_run_cannot_shrink(trainer_of: TrainerOf):
     steps(longer, 0, 4)
     with pytest.raises(ValueError, match="has done 4; a resumed run may only grow"):
         trainer_of(iterations=3).load(longer.save())
+
+
+def test_accelerates_own_accumulation_is_refused(trainer_of: TrainerOf, monkeypatch: pytest.MonkeyPatch):
+    """It would divide the loss once more.  Fails without the check."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match=r"4 gradient accumulation steps.*train\.accumulate"):
+        trainer_of()
+
+
+def test_an_evaluation_that_fails_ends_the_run(trainer_of: TrainerOf):
+    class Failing:
+        def evaluate(self, student: Any, iteration: int) -> dict[str, float]:
+            raise ArithmeticError("no figure")
+
+    trainer = trainer_of(iterations=2, evaluate_every=1)
+    trainer.monitor = Failing()
+    with pytest.raises(ArithmeticError, match="no figure"):
+        trainer.run()
