@@ -3,7 +3,7 @@ PYTHON    ?= python3#   interpreter that creates .venv
 VENV      ?= .venv#     an existing environment with torch may be named instead: its torch is kept
 INDEX_URL ?=#           where torch comes from, e.g. https://download.pytorch.org/whl/cpu (no CUDA libraries)
 JOBS      ?= 2#         test processes, one torch thread each
-STAGE     ?= all#       make teachers STAGE=classifier|vae|text|dit
+STAGE     ?= all#       make teachers STAGE=classifier|references|text|clip|vae|dit|reals|unet|card
 ARGS      ?=#           passed on to pytest
 OWN       := $(if $(filter .venv,$(strip $(VENV))),yes)
 VENV      := $(strip $(VENV))

@@ -46,6 +46,7 @@ def draw(out: Path) -> Path:
     """Teacher in 50 steps | untrained in the student's steps | student, from the same noise; rows are prompts."""
     from fewstep import pictures
     from fewstep.api import load_student, untrained_student
+    from fewstep.bar import bar
     from fewstep.sampling import sample_teacher
     from fewstep.training.preview import grid_prompts, titled_grid
 
@@ -54,11 +55,12 @@ def draw(out: Path) -> Path:
     prompts = grid_prompts(student.teacher.prompts)
     rows = [prompt for prompt in prompts for _ in range(PER_PROMPT)]
     steps = f"{student.sampler.num_steps} step{'s' * (student.sampler.num_steps > 1)}"
-    panels = [
-        ("teacher, 50 steps", sample_teacher(student.teacher, len(rows), rows, GRID_SEED)),
-        (f"untrained, {steps}", before.sample(len(rows), rows, GRID_SEED)),
-        (f"student, {steps}", student.sample(len(rows), rows, GRID_SEED)),
-    ]
+    with bar("drawing", 3 * len(rows)) as done:
+        panels = [
+            ("teacher, 50 steps", sample_teacher(student.teacher, len(rows), rows, GRID_SEED, progress=done)),
+            (f"untrained, {steps}", before.sample(len(rows), rows, GRID_SEED, progress=done)),
+            (f"student, {steps}", student.sample(len(rows), rows, GRID_SEED, progress=done)),
+        ]
     return pictures.save(titled_grid(panels, prompts, PER_PROMPT), out / "grid.png")
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from fewstep.config import RunConfig, resolve
+from fewstep.environment import device_of
 from fewstep.models.trio import Trio
 from fewstep.sampling import Student
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.pipelines import load_teacher
 from fewstep.training import checkpoint
 from fewstep.training.data import read_prompts
-from fewstep.training.launch import CONFIG, prepare
+from fewstep.training.launch import CONFIG, PROMPTS, prepare
 from fewstep.training.trainer import Progress
 
 __all__ = ["Run", "distill", "load_student", "load_teacher", "run"]
@@ -85,39 +86,47 @@ def run(
 
     trainer, loaded = prepare(config, out, load, resume=resume, overwrite=overwrite, console=console)
     progress = trainer.run()
-    return Run(out, config, loaded, load_student(out, teacher=loaded), progress)
+    return Run(out, config, loaded, load_student(out, teacher=loaded, device=config.train.device), progress)
 
 
 def load_student(
-    folder: str | Path, *, which: Literal["best", "last"] = "best", teacher: Teacher | None = None
+    folder: str | Path,
+    *,
+    which: Literal["best", "last"] = "best",
+    teacher: Teacher | None = None,
+    device: str = "auto",
 ) -> Student:
     """The student of a run folder: its averaged weights at the best (by the running figure) or last checkpoint.
 
-    Raises FileNotFoundError if there is no run or no valid checkpoint, ValueError if the wanted one is damaged.
+    device: where it makes images: cpu, cuda, or auto = cuda if there is one.  Raises FileNotFoundError if there is no
+    run or no valid checkpoint, ValueError if the wanted one is damaged or there is no such device.
     """
     folder = Path(folder)
-    student = untrained_student(folder, teacher=teacher)
-    newest = checkpoint.newest_valid(folder)
+    student = untrained_student(folder, teacher=teacher, device=device)
+    newest = checkpoint.newest_valid(folder, only="ema")
     if newest is None:
         raise FileNotFoundError(f"no valid checkpoint in {folder / 'checkpoints'}")
-    saved = checkpoint.read(newest)
+    saved = checkpoint.read(newest, only="ema")
     best = saved.state["progress"]["best"]
     if which == "best" and best is not None and best["iteration"] != saved.state["progress"]["iteration"]:
-        saved = checkpoint.read(checkpoint.folder_of(folder, int(best["iteration"])))
-    student.denoiser.backbone.module.load_state_dict(dict(saved.tensors["ema"]))
-    return student
+        saved = checkpoint.read(checkpoint.folder_of(folder, int(best["iteration"])), only="ema")
+    student.denoiser.load(saved.tensors["ema"])
+    return replace(student, iteration=saved.state["progress"]["iteration"])
 
 
-def untrained_student(folder: str | Path, *, teacher: Teacher | None = None) -> Student:
+def untrained_student(folder: str | Path, *, teacher: Teacher | None = None, device: str = "auto") -> Student:
     """The student of a run folder as it was before training: the teacher's weights in the student's sampler."""
+    place = device_of(device)
     if not (Path(folder) / CONFIG).is_file():
         raise FileNotFoundError(f"no run at {folder}: {CONFIG} is missing; `fewstep list runs` names the runs in runs/")
     config = resolve(config=Path(folder) / CONFIG)
     teacher = teacher or load_teacher(config.teacher, **config.teacher_options)
-    if config.prompts and Path(config.prompts).is_file():
-        teacher = teacher.showing(read_prompts(config.prompts))
-    denoiser = Trio.build(teacher.denoiser, frozenset(), init=teacher.student).generator
-    return Student(denoiser.eval().requires_grad_(False), teacher, config.objective.sampler)
+    files = (Path(folder) / PROMPTS, Path(config.prompts)) if config.prompts else ()  # the run's copy first
+    if found := [path for path in files if path.is_file()]:
+        teacher = teacher.showing(read_prompts(found[0]))
+    sharing, lora = config.train.sharing, config.train.lora
+    denoiser = Trio.build(teacher.denoiser, frozenset(), sharing=sharing, lora=lora, init=teacher.student).generator
+    return Student(denoiser.to(place).eval().requires_grad_(False), teacher, config.objective.sampler)
 
 
 def default_out(teacher: str, method: str) -> Path:

@@ -36,6 +36,8 @@ Plugin = Annotated[
     typer.Option("--plugin", metavar="FILE", help="Python file that registers methods or teachers. Repeatable."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")]
+BatchSize = Annotated[int, typer.Option(help="Images made at a time; what an image is made of does not depend on it.")]
 Which = Annotated[str, typer.Option(help="Checkpoint: best (by the running figure) or last.")]
 
 
@@ -54,9 +56,23 @@ def distill(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one prompt a line; by default the teacher's prompts.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    sharing: Annotated[str | None, typer.Option(help="How the trio holds its weights: copies.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of captioned pictures for the GAN; by default the teacher's own.")
+    ] = None,
+    sharing: Annotated[
+        str | None, typer.Option(help="How the trio holds its weights: copies, lora or lora-fake.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters of lora and lora-fake.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Their scale is alpha / rank.")] = None,
+    lora_targets: Annotated[
+        list[str] | None,
+        typer.Option(help="End of the names of the layers that get one, as to_q; repeatable. By default all."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/TEACHER-METHOD.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
@@ -66,11 +82,13 @@ def distill(
     """Distil a teacher into a few-step student."""
     rate = None if lr is None else {"lr": lr}
     train = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "device": device}
+    train |= {"precision": precision, "sharing": sharing, "gradient_checkpointing": gradient_checkpointing}
+    lora = _given(rank=lora_rank, alpha=lora_alpha, targets=lora_targets or None) or None
     given = {
         "teacher": _given(name=teacher),
         "method": _given(name=method, num_steps=num_steps),
-        "train": _given(**train, precision=precision, sharing=sharing, generator=rate, critic=rate),
-        **_given(prompts=str(prompts) if prompts else None),
+        "train": _given(**train, lora=lora, generator=rate, critic=rate),
+        **_given(prompts=str(prompts) if prompts else None, data=str(data) if data else None),
     }
     with border():
         load_plugins(plugin)
@@ -103,6 +121,8 @@ def sample(
     num_steps: Annotated[int | None, typer.Option(help="Sampling steps; by default those trained for.")] = None,
     out: Annotated[Path | None, typer.Option(help="PNG to write; by default RUN/samples.png.")] = None,
     which: Which = "best",
+    device: Device = "auto",
+    batch_size: BatchSize = 250,
     plugin: Plugin = None,
 ) -> None:
     """Make images with the student of a run and write them as one PNG."""
@@ -110,8 +130,11 @@ def sample(
         load_plugins(plugin)
         from fewstep import pictures
         from fewstep.api import load_student
+        from fewstep.bar import bar
 
-        images = load_student(run, which=_which(which)).sample(n, prompt or None, seed, num_steps)
+        student = load_student(run, which=_which(which), device=device)
+        with bar("sampling", n, console) as done:
+            images = student.sample(n, prompt or None, seed, num_steps, batch_size=batch_size, progress=done)
         path = pictures.save(pictures.panel(images, columns=min(n, 8), scale=4), out or run / "samples.png")
     output.print(str(path), highlight=False, soft_wrap=True)
 
@@ -127,6 +150,8 @@ def evaluate(
     recompute_teacher: Annotated[
         bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
     ] = False,
+    device: Device = "auto",
+    batch_size: BatchSize = 250,
     plugin: Plugin = None,
 ) -> None:
     """Measure teacher, untrained student and student; write eval.md, eval.csv and eval.json into the run folder."""
@@ -135,7 +160,14 @@ def evaluate(
         from fewstep.evaluation import evaluate_run
 
         table = evaluate_run(
-            run, n=n, seed=seed, which=_which(which), recompute_teacher=recompute_teacher, console=console
+            run,
+            n=n,
+            seed=seed,
+            which=_which(which),
+            recompute_teacher=recompute_teacher,
+            device=device,
+            batch_size=batch_size,
+            console=console,
         )
     output.print(table, highlight=False, markup=False, soft_wrap=True)
 

@@ -16,9 +16,10 @@ from yaml import YAMLError
 import fewstep.objectives.dmd2  # noqa: F401 - registers the methods
 from fewstep.objectives.base import METHODS, Objective
 from fewstep.registry import nearest
+from fewstep.teachers.base import TEACHERS
 from fewstep.training.options import TrainConfig
 
-SECTIONS = ("teacher", "method", "train", "prompts")
+SECTIONS = ("teacher", "method", "train", "prompts", "data")
 
 MAY_CHANGE = ("iterations", "device", "log_every", "evaluate_every", "checkpoint_every", "keep")
 """Fields of `train` that a resumed run may set anew; anything else would make it another run."""
@@ -30,6 +31,7 @@ class RunConfig:
 
     teacher: its name, folder or hub id.  teacher_options: arguments of its factory.  method, objective: the method's
     registered name and its checked options.  prompts: a prompt file, or None for the teacher's own prompts.
+    data: a folder of captioned pictures for methods that need real samples, or None for the teacher's own.
     recipe: the recipe file that was used, if any.
     """
 
@@ -39,6 +41,7 @@ class RunConfig:
     objective: Objective
     train: TrainConfig
     prompts: str | None = None
+    data: str | None = None
     recipe: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,6 +51,7 @@ class RunConfig:
             "method": {"name": self.method, **_plain(self.objective)},
             "train": _plain(self.train),
             "prompts": self.prompts,
+            "data": self.data,
         }
 
     def to_yaml(self) -> str:
@@ -70,9 +74,11 @@ def resolve(
     recipe = Path(config) if config is not None else recipe_of(teacher, method)
     layers = _merge(read_yaml(recipe), explicit) if recipe is not None else explicit
     _known(layers, SECTIONS, "")
-    prompts = layers.get("prompts")
+    prompts, data = layers.get("prompts"), layers.get("data")
     if not isinstance(prompts, str | None):
         raise ValueError(f"prompts = {prompts!r}: it must be the path of a text file, one prompt a line")
+    if not isinstance(data, str | None):
+        raise ValueError(f"data = {data!r}: it must be the path of a folder of captioned pictures")
     objective_type = METHODS.get(method)
     options = {k: v for k, v in layers.get("method", {}).items() if k != "name"}
     return RunConfig(
@@ -82,13 +88,16 @@ def resolve(
         objective=build(objective_type, options, "method"),
         train=build(TrainConfig, layers.get("train", {}), "train"),
         prompts=prompts,
+        data=data,
         recipe=str(recipe) if recipe is not None else None,
     )
 
 
 def recipe_of(teacher: str, method: str) -> Path | None:
-    """The packaged recipe configs/<teacher>_<method>.yaml, if there is one."""
-    name = f"{Path(teacher).name}_{method}.yaml".replace("-", "_")
+    """The packaged recipe configs/<teacher>_<method>.yaml of a registered teacher, if there is one."""
+    if teacher not in TEACHERS:  # somebody's folder or hub id may end in the same word
+        return None
+    name = f"{teacher}_{method}.yaml".replace("-", "_")
     here = Path(__file__).parent
     for folder in (here / "configs", here.parent / "configs"):  # in a wheel, in a checkout
         if (folder / name).is_file():
@@ -127,8 +136,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys of two `RunConfig.to_dict`s that a resume must not change, as "key: old -> new"."""
     flat_old, flat_new = _flat(old), _flat(new)
-    # The prompt file may move: the checkpoint holds a digest of its prompts, and a change of those is refused there.
-    allowed = {"prompts", *(f"train.{name}" for name in MAY_CHANGE)}
+    # Files may move: the checkpoint holds a digest of prompts and real samples, and a change of those is refused there.
+    allowed = {"prompts", "data", *(f"train.{name}" for name in MAY_CHANGE)}
     keys = sorted((flat_old.keys() | flat_new.keys()) - allowed)
     return [f"{k}: {flat_old.get(k)} -> {flat_new.get(k)}" for k in keys if flat_old.get(k) != flat_new.get(k)]
 

@@ -1,4 +1,7 @@
-"""Where a run took place: versions, hardware, git revision.  Nothing secret: no tokens, no user or host names."""
+"""Where a run takes place: its device, versions, hardware, git revision.
+
+Nothing secret: no tokens, no user or host names.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,36 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda")
 PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError unless `name` is one of DEVICES, whether this machine has it or not."""
+    if name not in DEVICES:
+        raise ValueError(
+            f"device {name!r} is not known; allowed: {', '.join(DEVICES)} (mps has no float64, which noise schedules "
+            "need)"
+        )
+
+
+def device_of(name: str) -> torch.device:
+    """What "auto", "cpu" or "cuda" means here; "auto" is cuda if there is one, else cpu.
+
+    Raises ValueError for any other name, and for cuda where there is none.
+    """
+    import torch
+
+    check_device(name)
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device 'cuda' is not available here; usable: auto, cpu")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
 def describe() -> dict[str, Any]:

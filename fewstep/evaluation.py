@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fewstep.api import load_student, untrained_student
-from fewstep.environment import describe
-from fewstep.sampling import cycled, sample_teacher
+from fewstep.bar import bar
+from fewstep.environment import describe, device_of
+from fewstep.sampling import Student, cycled, sample_teacher
+from fewstep.teachers.base import Evaluation
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,18 @@ def evaluate_run(
     seed: int = 50_000_000,
     which: Literal["best", "last"] = "best",
     recompute_teacher: bool = False,
+    device: str = "auto",
+    batch_size: int = 250,
     console: Console | None = None,
 ) -> str:
     """Measure and write eval.md, eval.csv and eval.json into the run folder.  Returns the markdown table.
 
     Rows: the teacher (its stored figures unless `recompute_teacher`), the student before training, the student, each
-    at the student's own step count.  Raises ValueError if this teacher has no way to be judged.
+    at the student's own step count.  device, batch_size: where images are made, and how many at a time.
+    Raises ValueError if this teacher has no way to be judged.
     """
-    student = load_student(run, which=which)
+    console = console or Console(stderr=True)
+    student = load_student(run, which=which, device=device)
     teacher, steps = student.teacher, student.sampler.num_steps
     judge = teacher.evaluation
     if judge is None:
@@ -54,21 +59,23 @@ def evaluate_run(
     prompts = cycled(teacher.prompts, 0, n)
 
     def measured(name: str, steps: int, make: Callable[..., Tensor], guidance: float | None = None) -> Row:
-        with _bar(console) as bar:
-            task = bar.add_task(f"{name}, {steps} step{'s' * (steps > 1)}", total=n)
-            images = make(n, seed=seed, num_steps=steps, progress=lambda done: bar.advance(task, done))
+        with bar(f"{name}, {steps} step{'s' * (steps > 1)}", n, console) as done:
+            images = make(n, seed=seed, num_steps=steps, batch_size=batch_size, progress=done)
         return Row(name, steps, n, seed, judge.measure(images, prompts), guidance)
 
-    rows = [_stored(row) for row in _best_stored(judge.rows)] if not recompute_teacher else []
-    if not rows:
+    untrained = untrained_student(run, teacher=teacher, device=device)
+    best = None if recompute_teacher else _best_stored(judge, teacher.guidance, console)
+    if best is not None:
+        rows = [_stored(best)]
+    else:
 
         def of_teacher(n: int, **options: Any) -> Tensor:
-            return sample_teacher(teacher, n, **options)
+            return sample_teacher(teacher.to(device_of(device)), n, **options)
 
         rows = [measured("teacher", 50, of_teacher, teacher.guidance)]
-    rows.append(measured("untrained student", steps, untrained_student(run, teacher=teacher).sample))
+    rows.append(measured("untrained student", steps, untrained.sample))
     rows.append(measured("student", steps, student.sample))
-    _write(run, rows, judge.protocol_hash)
+    _write(run, rows, student, which, judge.protocol_hash)
     return markdown(rows)
 
 
@@ -90,10 +97,12 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _write(run: Path, rows: list[Row], protocol_hash: str) -> None:
+def _write(run: Path, rows: list[Row], student: Student, which: str, protocol_hash: str) -> None:
     (run / "eval.md").write_text(markdown(rows) + "\n", encoding="utf-8")
     record = {
         "rows": [asdict(row) for row in rows],
+        "which": which,
+        "iteration": student.iteration,
         "protocol_hash": protocol_hash,
         "environment": describe(),
         "training": json.loads((run / "environment.json").read_text(encoding="utf-8")),
@@ -109,28 +118,24 @@ def _write(run: Path, rows: list[Row], protocol_hash: str) -> None:
     (run / "eval.csv").write_text(table.getvalue(), encoding="utf-8")
 
 
-def _best_stored(rows: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
-    """The stored row with the most samples at the most steps; nothing if none is stored."""
-    if not rows:
-        return []
-    steps = max(row["steps"] for row in rows)
-    most = max(row["n"] for row in rows if row["steps"] == steps)
-    return [min((r for r in rows if r["steps"] == steps and r["n"] == most), key=lambda r: r["fmd"])]
+def _best_stored(judge: Evaluation, guidance: float, console: Console) -> dict[str, Any] | None:
+    """The stored row at the teacher's guidance of the most steps and then the most samples, if there is one.
+
+    Figures of another protocol are none: they do not compare with those beside them.
+    """
+    if judge.rows and judge.rows_protocol != judge.protocol_hash:
+        console.print(
+            f"the teacher's stored rows are of protocol {judge.rows_protocol}, this evaluation is of "
+            f"{judge.protocol_hash}: measuring the teacher anew",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        return None
+    rows = [row for row in judge.rows if row["cfg"] == guidance]
+    return max(rows, key=lambda row: (row["steps"], row["n"]), default=None)
 
 
 def _stored(row: dict[str, Any]) -> Row:
     figures = {name: row[name] for name in ("fmd", "agreement") if name in row}
     return Row("teacher", row["steps"], row["n"], row["seed"], figures, row["cfg"], stored=True)
-
-
-def _bar(console: Console | None) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    return Progress(
-        *columns, console=console or Console(stderr=True), disable=console is not None and not console.is_terminal
-    )

@@ -12,7 +12,9 @@ import torch
 
 from fewstep.api import load_student
 from fewstep.environment import describe
+from fewstep.evaluation import Row, markdown
 from fewstep.sampling import Student
+from fewstep.teachers.base import FewSteps
 
 
 def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best") -> Path:
@@ -22,46 +24,38 @@ def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best") 
     """
     if to.exists():
         raise ValueError(f"{to} exists; choose a folder that does not exist yet")
-    student = load_student(run, which=which)
-    folder = student.teacher.folder
-    if folder is None:
+    student = load_student(run, which=which, device="cpu")
+    folder, few_steps = student.teacher.folder, student.teacher.few_steps
+    if folder is None or few_steps is None:
         raise ValueError(
-            f"teacher {student.teacher.card.name!r} is no local pipeline folder, so there is nothing to export into; "
+            f"teacher {student.teacher.card.name!r} is no diffusers pipeline, so there is nothing to export into; "
             "its student can be used through fewstep.load_student"
         )
     temporary = to.parent / f".writing-{to.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     to.parent.mkdir(parents=True, exist_ok=True)
-    call = write_pipeline(student, folder, temporary)
-    (temporary / "README.md").write_text(model_card(student, call, run), encoding="utf-8")
+    call = write_pipeline(student, folder, few_steps, temporary)
+    (temporary / "README.md").write_text(model_card(student, call, run, which), encoding="utf-8")
     os.replace(temporary, to)
     return to
 
 
-def write_pipeline(student: Student, source: Path, to: Path) -> dict[str, Any]:
+def write_pipeline(student: Student, source: Path, few_steps: FewSteps, to: Path) -> dict[str, Any]:
     """Save the teacher's pipeline with the student's network and scheduler.  Returns the exact call's arguments."""
-    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+    from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
-    pipe.transformer.load_state_dict(student.denoiser.backbone.module.state_dict())
-    stochastic = student.sampler.stochastic and student.sampler.num_steps > 1
-    # No shift of the scheduler's own: the times that the card names are final.
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
+    getattr(pipe, few_steps.part).load_state_dict(student.denoiser.backbone.module.state_dict())
+    levels = student.sampler.grid(student.denoiser.schedule)
+    told = student.denoiser.backbone.network_time(levels)
+    call = few_steps.set_up(pipe, levels, told, _draws_noise(student))
     pipe.save_pretrained(to, safe_serialization=True)
-    return {
-        "num_inference_steps": student.sampler.num_steps,
-        **_times(student),
-        "guidance_scale": 1.0,
-        "max_sequence_length": min(pipe.tokenizer.model_max_length, 1024),
-    }
+    return call
 
 
-def _times(student: Student) -> dict[str, Any]:
-    """The pipeline's `timesteps`, whole numbers that the network is told, and `sigmas` where the levels are others."""
-    grid = student.sampler.grid(student.denoiser.schedule)
-    told = student.denoiser.backbone.network_time(grid).round()
-    times: dict[str, Any] = {"timesteps": [int(t) for t in told.tolist()]}
-    return times if torch.allclose(told / 1000, grid) else times | {"sigmas": grid.tolist()}
+def _draws_noise(student: Student) -> bool:
+    """Whether fresh noise enters between its steps."""
+    return student.sampler.stochastic and student.sampler.num_steps > 1
 
 
 def is_exact(student: Student) -> bool:
@@ -70,9 +64,10 @@ def is_exact(student: Student) -> bool:
     return torch.allclose(told, told.round(), atol=1e-3)
 
 
-def model_card(student: Student, call: dict[str, Any], run: Path) -> str:
+def model_card(student: Student, call: dict[str, Any], run: Path, which: str = "best") -> str:
     """The exported folder's README: the exact call, which equality holds, what it was measured to be."""
-    steps, seeded = student.sampler.num_steps, not student.sampler.stochastic or student.sampler.num_steps == 1
+    steps, few_steps = student.sampler.num_steps, student.teacher.few_steps
+    seeded = not _draws_noise(student) or (few_steps is not None and few_steps.seeded)
     arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
     seeding = "torch.Generator('cpu').manual_seed(seed)" if seeded else "None"
     equality = (
@@ -84,8 +79,6 @@ def model_card(student: Student, call: dict[str, Any], run: Path) -> str:
     seed_line = "" if seeded else "torch.manual_seed(seed)\n"
     if not is_exact(student):
         equality += " Up to rounding: the pipeline tells its network whole timesteps only, and these are not."
-    measured = run / "eval.md"
-    table = measured.read_text(encoding="utf-8") if measured.is_file() else "Not measured yet: `fewstep eval`.\n"
     return f"""---
 library_name: diffusers
 license: other
@@ -106,10 +99,20 @@ pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
 
 {equality} One prompt a call.
 
-{table}
+{_measured(student, run, which)}
+
 The run's configuration:
 
 ```json
 {json.dumps({"num_steps": steps, "stochastic": student.sampler.stochastic, "shift": student.sampler.shift})}
 ```
 """
+
+
+def _measured(student: Student, run: Path, which: str) -> str:
+    """The run's table if it is of this very checkpoint, else how to get one."""
+    path = run / "eval.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if student.iteration is None or record.get("iteration") != student.iteration:
+        return f"This checkpoint is not measured yet: `fewstep eval RUN --which {which}`, then export it again."
+    return markdown([Row(**row) for row in record["rows"]])

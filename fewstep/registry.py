@@ -26,21 +26,30 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: file the decorated factory under `name`.  Raises ValueError if the name is taken."""
+        """Decorator: file the decorated factory under `name`.
+
+        Defining it again, as a notebook's cell that is run twice does, replaces it.  Raises ValueError if the name is
+        taken by another.
+        """
 
         def add(entry: T) -> T:
-            if name in self and self.get(name) is not entry:  # `-` and `_` count as equal here too
+            known = self._spelling(name)
+            if known is not None and not _redefines(entry, self._entries[known]):
                 raise ValueError(f"a {self.what} named {name!r} is registered already; choose another name")
-            self._entries[name] = entry
+            self._entries[known or name] = entry
             return entry
 
         return add
 
+    def _spelling(self, name: str) -> str | None:
+        """The known name that this is; `-` and `_` are the same."""
+        return next((known for known in self._entries if known.replace("_", "-") == name.replace("_", "-")), None)
+
     def get(self, name: str) -> T:
         """The factory of `name`; `-` and `_` are the same.  Raises LookupError that names the known ones."""
-        for known, entry in self._entries.items():
-            if known.replace("_", "-") == name.replace("_", "-"):
-                return entry
+        known = self._spelling(name)
+        if known is not None:
+            return self._entries[known]
         names = self.names()
         raise LookupError(
             f"no {self.what} named {name!r}.{nearest(name, names)} Known: {', '.join(names)}. "
@@ -52,7 +61,13 @@ class Registry(Generic[T]):
         return sorted(self._entries)
 
     def __contains__(self, name: str) -> bool:
-        return any(known.replace("_", "-") == name.replace("_", "-") for known in self._entries)
+        return self._spelling(name) is not None
+
+
+def _redefines(new: object, old: object) -> bool:
+    """Whether both are the same definition's, by module and qualified name; things that have none: the same object."""
+    names = [[getattr(entry, name, None) for name in ("__module__", "__qualname__")] for entry in (new, old)]
+    return new is old or (names[0] == names[1] and None not in names[0])
 
 
 def load_plugin(path: str | Path) -> None:

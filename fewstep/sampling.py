@@ -1,7 +1,8 @@
 """Making images: the student in its few steps, the teacher in its many, both from the noise of numbered images.
 
-Image i of a call with seed s draws from its own generator seeded s + i, first its latents and then its step noise, as
-a diffusers pipeline does.  So a picture depends on neither batch size nor count, and can be made again by its number.
+Image i of a call with seed s draws from its own generator on the CPU, seeded s + i, first its latents and then its step
+noise, as a diffusers pipeline does.  So a picture's noise depends on neither device, batch size nor count, and a
+picture can be made again by its number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fewstep.objectives.rollout import StudentSampler
 from fewstep.teachers.base import Teacher
 from fewstep.types import Condition
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 """Called with the number of images finished since the last call."""
 
 
@@ -32,11 +33,13 @@ class Student:
     """A distilled generator with all it needs to make images.
 
     sampler: the sampling steps that it was trained for and how it goes from one to the next.
+    iteration: that of the checkpoint that it comes from, if it comes from one.
     """
 
     denoiser: Denoiser
     teacher: Teacher
     sampler: StudentSampler
+    iteration: int | None = None
 
     def sample(
         self,
@@ -46,12 +49,12 @@ class Student:
         num_steps: int | None = None,
         *,
         batch_size: int = 250,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> Tensor:
         """n images [n, C, H, W] float32 in [-1, 1], on the CPU.
 
-        prompts: image i gets prompts[i % len]; the teacher's own by default.  Raises ValueError for n or num_steps < 1,
-        NotFinite for samples that are not finite.
+        prompts: image i gets prompts[i % len]; the teacher's own by default.  Raises ValueError for n, num_steps or
+        batch_size < 1, NotFinite for samples that are not finite.
         """
         check_count("num_steps", self.sampler.num_steps if num_steps is None else num_steps)
         grid, stochastic = self.sampler.grid(self.denoiser.schedule, num_steps), self.sampler.stochastic
@@ -77,7 +80,7 @@ def sample_teacher(
     num_steps: int = 50,
     guidance: float | None = None,
     batch_size: int = 250,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Tensor:
     """n images of the teacher, as its pipeline makes them: [n, C, H, W] float32 in [-1, 1], on the CPU.
 
@@ -117,9 +120,10 @@ def _batched(
     prompts: Sequence[str] | None,
     seed: int,
     batch_size: int,
-    progress: Progress | None,
+    progress: Advance | None,
 ) -> Tensor:
     check_count("n", n)
+    check_count("batch_size", batch_size)
     prompts = teacher.prompts if prompts is None else prompts
     if isinstance(prompts, str) or not prompts:  # a string is a sequence too: of its letters
         raise ValueError(

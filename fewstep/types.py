@@ -56,18 +56,26 @@ class Condition:
         return Condition({k: v[index] for k, v in self.tensors.items()}, self.null)
 
 
+class Real(NamedTuple):
+    """Samples of the data and what they show: x0 [B, C, H, W] in the space where diffusion runs, their own captions."""
+
+    x0: Tensor
+    cond: Condition
+
+
 @dataclass(frozen=True)
 class Batch:
     """The samples of one micro-batch.
 
     cond: their conditions.  shape: one sample's shape (C, H, W) in the space where diffusion runs.  sample_ids: their
     global indices, B of them; noise is keyed by them, so ranks and micro-batches draw what one big batch would.
+    real: as many samples of the data, for a method whose `needs` name latents; unrelated to `cond`.
     """
 
     cond: Condition
     shape: tuple[int, ...]
     sample_ids: tuple[int, ...]
-    latents: Tensor | None = None
+    real: Real | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)

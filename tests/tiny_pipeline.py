@@ -1,4 +1,4 @@
-"""A CogView4Pipeline folder in miniature, untrained, so that tests need neither the shipped weights nor a network."""
+"""Pipeline folders in miniature, untrained, so that tests need neither the shipped weights nor a network."""
 
 from __future__ import annotations
 
@@ -31,31 +31,11 @@ def tiny_transformer() -> Any:
     )
 
 
-def build(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
-    """Write the folder: 4x4x4 latents, 16x16 grey pictures, two transformer blocks of width 32.  Returns it.
+def tiny_vae() -> Any:
+    """An AutoencoderKL between 16x16 grey pictures and the tiny latents."""
+    from diffusers import AutoencoderKL
 
-    scheduler: further settings of FlowMatchEulerDiscreteScheduler.
-    """
-    from diffusers import AutoencoderKL, CogView4Pipeline, FlowMatchEulerDiscreteScheduler
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from fewstep.teachers.fashion_build.captions import MAX_TOKENS, build_tokenizer
-
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        eos_token_id=tokenizer.eos_token_id,
-        **ids,
-    )
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=1,
         out_channels=1,
         latent_channels=LATENTS[0],
@@ -67,8 +47,86 @@ def build(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
         scaling_factor=0.7,
         sample_size=PIXELS,
     )
+
+
+def tiny_text(max_tokens: int) -> tuple[Any, Any]:
+    """The embedded teachers' tokenizer for that many tokens, and a CLIPTextModel of width 16."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from fewstep.teachers.fashion_build.captions import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = max_tokens
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=max_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        **ids,
+    )
+    return tokenizer, CLIPTextModel(text)
+
+
+def build(folder: Path, *, seed: int = 0, max_tokens: int = 16, **scheduler: Any) -> Path:
+    """Write the folder: 4x4x4 latents, 16x16 grey pictures, two transformer blocks of width 32.  Returns it.
+
+    scheduler: further settings of FlowMatchEulerDiscreteScheduler.
+    """
+    from diffusers import CogView4Pipeline, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(seed)
+    tokenizer, text = tiny_text(max_tokens)
     pipe = CogView4Pipeline(
-        tokenizer, CLIPTextModel(text), vae, tiny_transformer(), FlowMatchEulerDiscreteScheduler(**scheduler)
+        tokenizer, text, tiny_vae(), tiny_transformer(), FlowMatchEulerDiscreteScheduler(**scheduler)
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_unet() -> Any:
+    """A UNet2DConditionModel of width 8 and 16 on the tiny latents; text of width 16."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENTS[1],
+        in_channels=LATENTS[0],
+        out_channels=LATENTS[0],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+
+
+def build_stable_diffusion(folder: Path, *, seed: int = 0, scheduler: str = "DDIMScheduler", **settings: Any) -> Path:
+    """Write a StableDiffusionPipeline on the same latents and pictures, with Stable Diffusion's betas.  Returns it.
+
+    scheduler: the class's name in diffusers.  settings: further ones of it.
+    """
+    import diffusers
+
+    torch.manual_seed(seed)
+    tokenizer, text = tiny_text(16)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    if scheduler == "DDIMScheduler":
+        betas |= {"set_alpha_to_one": False, "clip_sample": False}
+    pipe = diffusers.StableDiffusionPipeline(
+        tiny_vae(),
+        text,
+        tokenizer,
+        tiny_unet(),
+        getattr(diffusers, scheduler)(**(betas | settings)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder

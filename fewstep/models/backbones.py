@@ -10,7 +10,7 @@ from fewstep.types import Condition
 
 
 class CogView4(Backbone):
-    """CogView4Transformer2DModel.  Condition: "text" [B, L, D], the encoder's hidden states.
+    """CogView4Transformer2DModel.  Condition: "text" [B, L, D], the encoder's hidden states; "length" [B] if it varies.
 
     vae_scale: pixels per latent; the network is told the image's size in pixels.
     """
@@ -19,20 +19,66 @@ class CogView4(Backbone):
         super().__init__(module)
         self.vae_scale = vae_scale
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Blocks at one half, three quarters and the end: FastGen's 15, 22 and 29 of Wan's 30."""
+        count = len(self.module.transformer_blocks)  # type: ignore[arg-type]
+        return tuple(f"transformer_blocks.{i}" for i in sorted({count // 2, 3 * count // 4, count - 1}))
+
     def network_time(self, t: Tensor) -> Tensor:
         """0..1000, as CogView4Pipeline feeds it."""
         return t.float() * 1000.0
 
     def forward(self, x: Tensor, network_time: Tensor, cond: Condition) -> Tensor:
-        """Raw flow prediction, [B, C, H, W]."""
+        """Raw flow prediction, [B, C, H, W].
+
+        "length" says how many of the L tokens are a row's own.  The network takes no mask, so there is one call for
+        each length, and a row gets what it gets alone.
+        """
+        text, lengths = cond.tensors["text"].to(x.dtype), cond.tensors.get("length")
+        if lengths is None:
+            return self._call(x, network_time, text)
+        known = lengths.unique().tolist()
+        if len(known) == 1:
+            return self._call(x, network_time, text[:, : known[0]])
+        groups = [(lengths == n).nonzero()[:, 0] for n in known]
+        parts = [self._call(x[rows], network_time[rows], text[rows, :n]) for n, rows in zip(known, groups, strict=True)]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
+
+    def _call(self, x: Tensor, network_time: Tensor, text: Tensor) -> Tensor:
         height, width = x.shape[-2] * self.vae_scale, x.shape[-1] * self.vae_scale
         size = torch.tensor([height, width], dtype=x.dtype, device=x.device).expand(len(x), 2)
         return self.module(
             hidden_states=x,
-            encoder_hidden_states=cond.tensors["text"].to(x.dtype),
+            encoder_hidden_states=text,
             timestep=network_time,
             original_size=size,
             target_size=size,
             crop_coords=torch.zeros_like(size),
             return_dict=False,
         )[0]
+
+
+class UNet2DCondition(Backbone):
+    """UNet2DConditionModel (Stable Diffusion 1.x, 2.x).  Condition: "text" [B, L, D], the encoder's hidden states.
+
+    last: the last index of the table of times that the network was trained on.
+    """
+
+    def __init__(self, module: nn.Module, last: int = 999) -> None:
+        super().__init__(module)
+        self.last = last
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The bottleneck     [DMD2, arXiv:2405.14867, section 4.3]"""
+        return ("mid_block",)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """0..last.  In float32, where every index i survives i / last * last; in float64 748 / 999 * 999 does not."""
+        return t.float() * self.last
+
+    def forward(self, x: Tensor, network_time: Tensor, cond: Condition) -> Tensor:
+        """Raw prediction, [B, C, H, W]."""
+        text = cond.tensors["text"].to(x.dtype)
+        return self.module(x, network_time, encoder_hidden_states=text, return_dict=False)[0]

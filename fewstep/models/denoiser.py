@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion import NoiseSchedule, Prediction
+from fewstep.models.adapters import load_lora, lora_weights, merged
 from fewstep.types import Condition, Kind
 
 
@@ -31,6 +33,21 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, network_time: Tensor, cond: Condition) -> Tensor:
         """The raw output, x's shape.  x: [B, C, H, W] in the network's dtype."""
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the submodules whose outputs a GAN reads by default; none if the family has no good ones."""
+        return ()
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them (diffusers' gradient checkpointing).
+
+        Raises ValueError if this network has no such thing.
+        """
+        enable = getattr(self.module, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise ValueError(f"{type(self.module).__name__} knows no gradient checkpointing; leave it off")
+        enable()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,16 +95,28 @@ class Denoiser(Player):
         return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The network's parameters, as its family names them."""
-        return dict(self.backbone.module.named_parameters())
+        """What is this role's own: its adapter's parameters if it has one, else all of the network's."""
+        return lora_weights(self.backbone.module) or dict(self.backbone.module.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
-        """The network's state, as its family names it."""
-        return self.backbone.module.state_dict()
+        """The adapter's weights if there is one, else the network's state."""
+        return dict(lora_weights(self.backbone.module)) or self.backbone.module.state_dict()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put a `state` back.  Raises RuntimeError (from torch) if names or shapes differ."""
-        self.backbone.module.load_state_dict(dict(state))
+        """Put a `state` back.  Raises RuntimeError or ValueError if names or shapes differ."""
+        if lora_weights(self.backbone.module):
+            load_lora(self.backbone.module, state)
+        else:
+            self.backbone.module.load_state_dict(dict(state))
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The state of the plain network that gives the same outputs: adapters are added to their weights."""
+        return merged(self.backbone.module) if lora_weights(self.backbone.module) else self.state()
+
+    def twin(self) -> Denoiser:
+        """A copy with weights of its own; what is not this role's own (a shared teacher's parameters) stays shared."""
+        own = {id(p) for p in self.weights().values()}
+        return copy.deepcopy(self, {id(p): p for p in self.parameters() if id(p) not in own})
 
 
 @contextmanager
@@ -104,6 +133,8 @@ def _tapped(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
 
     def keep(name: str):
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if name in found:
+                raise RuntimeError(f"{name} ran twice in one forward, so its features do not belong to one batch")
             found[name] = output if isinstance(output, Tensor) else output[0]
 
         return hook

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from fewstep.models.denoiser import Denoiser
@@ -23,8 +21,9 @@ class EMA:
             )
         self.decay = decay
         self.updates = 0
-        self.denoiser = copy.deepcopy(source).eval().requires_grad_(False)
-        for p in self.denoiser.parameters():
+        self.denoiser = source.twin().eval()
+        for p in self.denoiser.weights().values():
+            p.requires_grad_(False)
             # float32 even for a bf16 student: 1e-3 of an update is lost below bf16's 8 bits.
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
@@ -33,7 +32,7 @@ class EMA:
         """Move the average towards `source`'s present weights; buffers are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for mean, p in zip(self.denoiser.parameters(), source.parameters(), strict=True):
+        for mean, p in zip(self.denoiser.weights().values(), source.weights().values(), strict=True):
             mean.lerp_(p.to(mean.dtype), 1 - decay)
         for mean, b in zip(self.denoiser.buffers(), source.buffers(), strict=True):
             mean.copy_(b)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import nn
 
+from fewstep.models.adapters import LoRA, add_lora, share
 from fewstep.models.denoiser import Denoiser, Player
-from fewstep.types import Role, Turn
+from fewstep.models.discriminator import Head
+from fewstep.types import Batch, Role, Turn
 
-Sharing = Literal["copies"]
-"""How the trio holds its weights: "copies" = a full network for each role."""
+Sharing = Literal["copies", "lora", "lora-fake"]
+"""How the trio holds its weights.
+
+copies: a full network for each role.  lora: generator and fake score are adapters on the teacher's own weights, which
+then exist once.  lora-fake: a full generator, the fake score an adapter on the teacher.
+"""
 
 
 @dataclass
@@ -24,7 +30,7 @@ class Trio:
     generator: Denoiser
     real_score: Denoiser
     fake_score: Denoiser | None = None
-    head: Player | None = None
+    head: Head | None = None
 
     def critic(self) -> Denoiser:
         """The fake score.  Raises ValueError if this trio was built without one."""
@@ -59,6 +65,33 @@ class Trio:
             for p in weights[name]:
                 p.requires_grad_(False)
 
+    def discriminator(self) -> Head:
+        """The GAN head.  Raises ValueError if this trio was built without one."""
+        if self.head is None:
+            raise ValueError("this trio has no GAN head; the objective's `roles` must contain 'head'")
+        return self.head
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the activations of the networks that train instead of keeping them."""
+        for network in (self.generator, self.fake_score):
+            if network is not None:
+                network.backbone.checkpoint_activations()
+
+    def add_head(self, batch: Batch, taps: Sequence[str] = (), *, seed: int = 0) -> None:
+        """Give it a GAN head on the named modules' outputs, by default those that the network family names.
+
+        batch: any one; its first sample's condition probes the features' shapes.  Raises ValueError if no module is
+        named, LookupError for names that the network does not have.
+        """
+        network = self.fake_score or self.real_score
+        names = tuple(taps) or network.backbone.taps
+        if not names:
+            raise ValueError(
+                f"{type(network.backbone.module).__name__} has no default features for a GAN; name modules with "
+                "--set method.gan_taps=[...]"
+            )
+        self.head = Head.probe(network, batch.shape, batch.cond[:1], names, seed)
+
     @classmethod
     def build(
         cls,
@@ -66,22 +99,36 @@ class Trio:
         roles: frozenset[Role],
         *,
         sharing: Sharing = "copies",
+        lora: LoRA | None = None,
         init: Callable[[], Denoiser] | None = None,
+        seed: int = 0,
     ) -> Trio:
-        """A trio around the teacher's denoiser: generator and fake score start from its weights.
+        """A trio around the teacher's denoiser: generator and fake score start from its weights.  `head` is set apart.
 
         init: makes the network that both start from, for a teacher that is a formula and not a network.
+        seed: of the adapters' initial values.
         Raises ValueError for an unknown `sharing` and for roles that cannot be supplied.
         """
-        if roles - {"fake_score"}:
+        if sharing not in get_args(Sharing):
+            raise ValueError(f"sharing={sharing!r} is not known; allowed: {', '.join(get_args(Sharing))}")
+        if roles - {"fake_score", "head"}:
             raise ValueError(
-                f"the method asks for the roles {sorted(roles)}; this version supplies generator, real score and "
-                "fake_score"
+                f"the method asks for the roles {sorted(roles)}; this version supplies generator, real score, "
+                "fake_score and head"
             )
-        if sharing != "copies":
-            raise ValueError(f"sharing={sharing!r} is not known; allowed: 'copies' (a full network for each role)")
         start = init() if init is not None else real_score
-        generator = copy.deepcopy(start).train()
-        fake_score = copy.deepcopy(start).train() if "fake_score" in roles else None
         real_score = real_score.eval().requires_grad_(False)
+
+        def full() -> Denoiser:
+            return copy.deepcopy(start).train()
+
+        def adapted() -> Denoiser:
+            role = share(start).requires_grad_(False).train()
+            add_lora(role.backbone.module, lora or LoRA(), seed=seed)
+            return role
+
+        generator = adapted() if sharing == "lora" else full()
+        fake_score = None
+        if "fake_score" in roles:
+            fake_score = full() if sharing == "copies" else adapted()
         return cls(generator, real_score, fake_score)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from fewstep.models.trio import Trio
 from fewstep.objectives.rollout import StudentSampler
@@ -47,8 +47,15 @@ class Objective(Protocol):
     yields several `Loss`es; each needs a rollout of its own, since the first backward frees the graph.
     """
 
-    roles: ClassVar[frozenset[Role]]
-    needs: ClassVar[frozenset[Need]]
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The networks it trains beside the generator; a class variable where that does not depend on its settings."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it asks of the data."""
+        ...
 
     @property
     def turns(self) -> Turns:

@@ -1,32 +1,31 @@
-"""DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis (arXiv:2405.14867), without its GAN."""
+"""DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis (arXiv:2405.14867)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fewstep.diffusion import Clamped, DiscreteUniform, Law, Shifted, guided
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, register_objective
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
-from fewstep.objectives.terms import denoising, distribution_matching
+from fewstep.objectives.terms import approximate_r1, denoising, distribution_matching, gan_critic, gan_generator
 from fewstep.rng import Rng
-from fewstep.types import Batch, Loss, Need, Role
+from fewstep.types import Batch, Condition, Loss, Need, Role
 
 
 @register_objective("dmd2")
 @dataclass(frozen=True, kw_only=True)
 class DMD2:
-    """Distribution matching by the difference of a frozen real score and an online fake score.
+    """Distribution matching by the difference of a frozen real score and an online fake score, and a GAN if asked for.
 
-    Data-free: prompts and noise are all it reads.  The critic's turn draws a rollout of its own, where the paper's
-    code re-uses the generator's x on shared iterations: the same expectation for one forward more.
+    With gan_weight 0 it is data-free: prompts and noise are all it reads.  The critic's turn draws a rollout of its
+    own, where the paper's code re-uses the generator's x on shared iterations: the same expectation for one forward
+    more.
     """
-
-    roles: ClassVar[frozenset[Role]] = frozenset({"fake_score"})
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     num_steps: int = 1  # sampling steps of the student
     guidance: float = 1.75  # classifier-free guidance of the real score; DMD2 table 6, SD1.5
@@ -37,6 +36,13 @@ class DMD2:
     max_index: int = 980
     shift: float = 1.0  # flow shift of both re-noising laws
     floor: float = 1e-5  # least normaliser; ours
+    gan_weight: float = 0.0  # of the generator's GAN loss, 0 = no GAN; DMD2: 1e-3 (SD1.5) .. 5e-3 (SDXL)
+    gan_critic_weight: float = 1e-2  # of the discriminator's loss; DMD2 appendix F
+    gan_features: Literal["fake", "teacher"] = "fake"  # whose features the head reads; DMD2: the fake score's
+    gan_taps: tuple[str, ...] = ()  # modules whose outputs those are; none = the network family's own
+    gan_start: int = 0  # iteration from which on the GAN takes part; the paper adds it to a converged run
+    r1_weight: float = 0.0  # approximate R1, 0 = none, as in DMD2
+    r1_sigma: float = 0.1  # its perturbation; FastGen
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -46,6 +52,20 @@ class DMD2:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive finite number, got {value}")
+        for name in ("gan_weight", "gan_critic_weight", "gan_start", "r1_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The fake score, and the head of the GAN if there is one."""
+        return frozenset({"fake_score", "head"} if self.gan_weight else {"fake_score"})
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Real latents for the GAN."""
+        return frozenset({"latents"} if self.gan_weight else ())
 
     def generator_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
         """Descend the diffused reverse KL, estimated at one re-noised level per sample."""
@@ -57,7 +77,11 @@ class DMD2:
             fake = trio.critic()(x_t, t, batch.cond).x0  # never guided: it models the generator, not a sharpened one
         total, weight = distribution_matching(x, real, fake, floor=self.floor)
         gap = (fake - real).square().mean().sqrt()
-        return Loss(total, {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **_moments(x)})
+        metrics = {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **_moments(x)}
+        if self.adversarial(rng):
+            loss = gan_generator(self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan")))
+            total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
+        return Loss(total, metrics)
 
     def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
         """Keep the fake score on the generator's present distribution by denoising its samples."""
@@ -67,7 +91,47 @@ class DMD2:
             eps = rng.randn_like(x, "critic.eps")
             x_t = trio.critic().schedule.add_noise(x, eps, t)
         loss = denoising(trio.critic()(x_t, t, batch.cond), x, eps)
-        return Loss(loss, {"critic": loss.detach()})
+        if not self.adversarial(rng):
+            return Loss(loss, {"critic": loss.detach()})
+        gan, metrics = self.gan_critic_loss(trio, batch, x, rng)
+        return Loss(loss + self.gan_critic_weight * gan, {"critic": loss.detach(), **metrics})
+
+    def gan_critic_loss(self, trio: Trio, batch: Batch, x: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the discriminator descends: real samples under their own captions against the generator's x.
+
+        Both are re-noised, to levels of their own; the fake score learns from it together with the head.
+        """
+        if batch.real is None:
+            raise ValueError("the GAN needs real latents in the batch; see `needs`")
+        real, cond = batch.real
+        noise = self.noise(real, rng, "gan.real")
+        of_real = self.logits(trio, real, cond, *noise)
+        of_fake = self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan.fake"))
+        loss = gan_critic(of_real, of_fake)
+        metrics = {
+            "gan/critic": loss.detach(),
+            "gan/real": of_real.detach().mean(),
+            "gan/fake": of_fake.detach().mean(),
+        }
+        if self.r1_weight:
+            shaken = real + self.r1_sigma * rng.randn_like(real, "gan.r1")
+            r1 = approximate_r1(of_real, self.logits(trio, shaken, cond, *noise), self.r1_sigma)
+            loss, metrics["gan/r1"] = loss + self.r1_weight * r1, r1.detach()
+        return loss, metrics
+
+    def logits(self, trio: Trio, x: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> Tensor:
+        """The discriminator's logits [B, K] of clean samples x, re-noised by eps to t."""
+        network = trio.critic() if self.gan_features == "fake" else trio.real_score
+        head = trio.discriminator()
+        return head(network(network.schedule.add_noise(x, eps, t), t, cond, taps=head.taps).taps)
+
+    def noise(self, x: Tensor, rng: Rng, stream: str) -> tuple[Tensor, Tensor]:
+        """Where and how the GAN re-noises x: t over the whole range [B], eps of x's shape."""
+        return self.law(0, 999).sample(rng, f"{stream}.t", x.device), rng.randn_like(x, f"{stream}.eps")
+
+    def adversarial(self, rng: Rng) -> bool:
+        """Whether the GAN takes part in this iteration."""
+        return bool(self.gan_weight) and rng.iteration >= self.gan_start
 
     @property
     def sampler(self) -> StudentSampler:
@@ -81,12 +145,12 @@ class DMD2:
     def law(self, low: int, high: int) -> Law:
         """Where samples are re-noised to: t = i / 999, i uniform over low..high, then through `shift`, a setting.
 
-        The indices bound t after the shift too, as the flow ports of DMD2 have it.  The teacher's own shift is not read.
+        The indices bound t after the shift too, as flow ports of DMD2 do.  The teacher's own shift is not read.
         """
         return Clamped(Shifted(DiscreteUniform(low, high), self.shift), low / 999, high / 999)
 
 
-def _moments(x: torch.Tensor) -> dict[str, torch.Tensor]:
+def _moments(x: Tensor) -> dict[str, Tensor]:
     """Mean and spread of the samples: drift of either is the first sign of collapse or saturation."""
     x = x.detach()
     return {"x/mean": x.mean(), "x/std": x.std()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from fewstep.diffusion import EDM, Prediction, raw_of
 from fewstep_cuda import score_difference
@@ -60,3 +61,34 @@ def denoising(pred: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
         # EDM's cleanest level is sigma .002; a schedule that reaches 0 would weigh a rounding error infinitely.
         error = error * ((c.alpha / c.sigma.clamp_min(2e-3)).square() + sigma_data**-2)
     return error.mean()
+
+
+def gan_generator(fake_logits: Tensor) -> Tensor:
+    """mean softplus(-l): the generator's non-saturating loss     [DMD2, arXiv:2405.14867, Eq. 4]
+
+    fake_logits: [B, K] of the generator's samples, real = positive.  Returns a scalar.
+    """
+    return softplus(-_wide(fake_logits)).mean()
+
+
+def gan_critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """mean softplus(-l_real) + mean softplus(l_fake): the discriminator's logistic loss     [DMD2, Eq. 4]
+
+    Its minimum is l = log(p_real / p_fake), where it is 2 log 2 - 2 JSD.  Logits: [B, K].  Returns a scalar.
+    """
+    return softplus(-_wide(real_logits)).mean() + softplus(_wide(fake_logits)).mean()
+
+
+def approximate_r1(real_logits: Tensor, perturbed_logits: Tensor, sigma: float) -> Tensor:
+    """mean (l(x + sigma n) - l(x))^2 / sigma^2: R1 without a second backward.
+
+    In expectation over n it is |dl/dx|^2 up to O(sigma^2).
+    real_logits, perturbed_logits: [B, K] of real samples and of the same with noise of deviation sigma added.  This is
+    the form of Self-Forcing's code; FastGen leaves the division out, so that its weight w is our w sigma^2.
+    """
+    return (_wide(perturbed_logits) - _wide(real_logits)).square().mean() / sigma**2
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -31,6 +31,29 @@ class Codec(Protocol):
         """[B, *shape] samples -> images [B, C, H, W] float32 in [-1, 1] (points are returned as they are)."""
         ...
 
+    def encode(self, images: Tensor) -> Tensor:
+        """The way back: [B, C, H, W] in [-1, 1] -> [B, *shape]."""
+        ...
+
+    def image_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """The (C, H, W) of the images that samples of this shape decode to."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reals:
+    """Samples of the data that a teacher was trained on or is to be judged by.
+
+    latents: [N, *shape], any float dtype, in the space where diffusion runs.  captions: their N prompts.
+    """
+
+    latents: Tensor
+    captions: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.latents) != len(self.captions) or not self.captions:
+            raise ValueError(f"{len(self.latents)} latents and {len(self.captions)} captions do not belong together")
+
 
 Measure = Callable[[Tensor, Sequence[str]], dict[str, float]]
 """Images [N, C, H, W] in [-1, 1] and their prompts -> named figures, such as {"fmd": 12.3}."""
@@ -41,22 +64,42 @@ class Evaluation:
     """How samples of this teacher are judged, and the teacher's own stored figures.
 
     metric: the name of the figure that ranks checkpoints (lower is better).  rows: the teacher's stored measurements.
+    rows_protocol: the hash of the protocol that the rows were measured with.
     """
 
     measure: Measure
     metric: str
     protocol_hash: str
     rows: tuple[dict[str, Any], ...] = ()
+    rows_protocol: str | None = None
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """How a family's pipeline runs a student in its few steps, for export.
+
+    part: the pipeline's network that the student replaces.  set_up: (pipeline, levels [N], told [N], stochastic) -> the
+    arguments of its call; gives it a scheduler for the student's levels in [0, 1], which the network is told as `told`.
+    seeded: whether the scheduler draws its noise from the call's generator.
+    """
+
+    part: str
+    set_up: Callable[[Any, Tensor, Tensor, bool], dict[str, Any]]
+    seeded: bool
 
 
 @dataclass(frozen=True)
 class TeacherCard:
-    """Name, source (hub id or folder), licence and one line of description."""
+    """Name, source (hub id or folder), licence and one line of description.
+
+    revision: the hub's commit that was loaded, if it came from there.
+    """
 
     name: str
     source: str
     licence: str = "unknown"
     description: str = ""
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +111,8 @@ class Teacher:
     grid: (steps) -> the pipeline's own descending times [steps + 1].
     solver, guidance: how its pipeline samples.
     student: makes the network that generator and fake score start from where the teacher is a formula.
-    folder: the diffusers folder that the teacher was loaded from, for export.
+    folder, few_steps: the diffusers folder that the teacher was loaded from and how it runs a student, for export.
+    reals: loads the real samples that come with the teacher, if any.
     """
 
     denoiser: Denoiser
@@ -83,6 +127,8 @@ class Teacher:
     evaluation: Evaluation | None = None
     student: Callable[[], Denoiser] | None = None
     folder: Path | None = None
+    few_steps: FewSteps | None = None
+    reals: Callable[[], Reals] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def showing(self, prompts: Sequence[str]) -> Teacher:

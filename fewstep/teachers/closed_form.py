@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fewstep.diffusion import EDM, NoiseSchedule, RectifiedFlow, TrigFlow, VPTable, time_grid
 from fewstep.models.denoiser import Backbone, Denoiser
-from fewstep.teachers.base import Evaluation, Teacher, TeacherCard, register_teacher
+from fewstep.teachers.base import Evaluation, Reals, Teacher, TeacherCard, register_teacher
 from fewstep.teachers.points import fitted_student, judge
 from fewstep.teachers.toy import EVERY_CLASS, MixtureNet
 from fewstep.types import Condition
@@ -84,6 +85,7 @@ def mixture(
         solver="heun",
         evaluation=Evaluation(lambda x, prompts: judge(net, x), "sw", protocol_hash="closed form"),
         student=lambda: fitted_student(denoiser, net, fit_steps),
+        reals=lambda: _exact_samples(net, labels),
         options=_recorded(
             means=means,
             covs=covs,
@@ -129,6 +131,20 @@ class _Points:
 
     def decode(self, x: Tensor) -> Tensor:
         return x
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def image_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        raise ValueError("a closed-form teacher's samples are points, not pictures; leave --data out")
+
+
+def _exact_samples(net: MixtureNet, labels: Sequence[int], count: int = 10_000) -> Reals:
+    """Draws of the formula itself, the classes in turn."""
+    net = copy.deepcopy(net).cpu()
+    classes = torch.tensor([labels[i % len(labels)] if labels else EVERY_CLASS for i in range(count)])
+    x0 = net.sample(count, torch.Generator().manual_seed(0), classes)
+    return Reals(x0, tuple(f"class {c}" if labels else "" for c in classes.tolist()))
 
 
 def _ring(modes: int) -> Tensor:

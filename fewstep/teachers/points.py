@@ -57,6 +57,11 @@ class PointBackbone(Backbone):
     mean: Tensor
     std: Tensor
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The last hidden layer."""
+        return ("layers.1",)
+
     def network_time(self, t: Tensor) -> Tensor:
         """t itself."""
         return t

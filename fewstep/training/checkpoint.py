@@ -64,6 +64,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file atomically, making its folder; two processes that write the same one do no harm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary)
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
 def read(folder: Path, *, only: str | None = None) -> Checkpoint:
     """Read a checkpoint whose every byte is as written.  Raises ValueError that says what is damaged.
 

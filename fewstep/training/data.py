@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from fewstep.rng import key
+from fewstep.sampling import Advance
 from fewstep.teachers.base import PromptEncoder
+from fewstep.training.reals import RealData
 from fewstep.types import Batch, Condition
 
 
@@ -34,19 +36,36 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     return prompts
 
 
+PIECE = 16
+"""Prompts encoded between two words of progress."""
+
+
 class PromptData:
     """Encoded prompts, shuffled anew each epoch.
 
     Sample i of the run gets prompt permutation(seed, i // N)[i % N]: every prompt once per epoch, the same on any
     number of processes.  Encoded once and kept; the encoders are free afterwards.
+    reals: real samples that come with each batch, under captions of their own.
     """
 
-    def __init__(self, prompts: Sequence[str], encode: PromptEncoder, shape: tuple[int, ...], seed: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        encode: PromptEncoder,
+        shape: tuple[int, ...],
+        seed: int,
+        progress: Advance | None = None,
+        reals: RealData | None = None,
+    ) -> None:
         self.prompts = tuple(prompts)
+        self.reals = reals
         self.shape = shape
         self.seed = seed
-        self.digest = sha256("\n".join(self.prompts).encode()).hexdigest()  # prompts hold no line ends
-        self._conditions = encode(self.prompts)
+        digest = sha256("\n".join(self.prompts).encode())  # prompts hold no line ends
+        if reals is not None:
+            digest.update(reals.digest.encode())
+        self.digest = digest.hexdigest()
+        self._conditions = _encoded(self.prompts, encode, progress)
         bad = [k for k, v in self._conditions.tensors.items() if v.is_floating_point() and not v.isfinite().all()]
         if bad:
             raise ValueError(
@@ -67,4 +86,18 @@ class PromptData:
         """The micro-batch of these global sample indices."""
         rows = self.indices(sample_ids)
         tensors = {k: v[rows] for k, v in self._conditions.tensors.items()}
-        return Batch(Condition(tensors, self._conditions.null).to(device), self.shape, tuple(sample_ids))
+        real = self.reals.batch(sample_ids, device) if self.reals is not None else None
+        return Batch(Condition(tensors, self._conditions.null).to(device), self.shape, tuple(sample_ids), real)
+
+
+def _encoded(prompts: Sequence[str], encode: PromptEncoder, progress: Advance | None) -> Condition:
+    """All prompts by one call, which makes their rows equally long.
+
+    Before it, piece by piece, so that progress can be told: an encoder that takes long keeps what it encoded.
+    """
+    if progress is not None:
+        for start in range(0, len(prompts), PIECE):
+            piece = prompts[start : start + PIECE]
+            encode(piece)
+            progress(len(piece))
+    return encode(prompts)

@@ -12,20 +12,26 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
+from fewstep.bar import bar
 from fewstep.config import RunConfig, differences, read_yaml
-from fewstep.environment import describe
+from fewstep.environment import describe, device_of
 from fewstep.models.trio import Trio
+from fewstep.rng import key
 from fewstep.teachers.base import Teacher
 from fewstep.training import checkpoint
 from fewstep.training.data import PromptData, read_prompts
 from fewstep.training.options import TrainConfig
 from fewstep.training.preview import Preview
+from fewstep.training.reals import RealData, captioned_pictures, encoded
 from fewstep.training.trainer import Trainer
 
 CONFIG = "config.yaml"
+PROMPTS = "prompts.txt"
 OURS = (CONFIG, "environment.json", "metrics.jsonl", "checkpoints", "previews", "eval.json", "eval.csv", "eval.md")
 LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp")
 """What a run writes into its folder (the latter if it is killed), and what --overwrite deletes."""
+COPY = (PROMPTS, "prompts.tmp")
+"""Deleted with a run, but no sign of one: a user's own file may well have this name."""
 
 
 def prepare(
@@ -44,15 +50,30 @@ def prepare(
     """
     console = console or Console(stderr=True)
     _check_device(config.train)
-    prompts = read_prompts(config.prompts) if config.prompts else None
+    given = _given_prompts(config, out, resume)
     start = _open_folder(config, out, resume, overwrite)
     teacher = load()
-    prompts = prompts or teacher.prompts
+    prompts = given or teacher.prompts
     _check_needs(config, teacher, prompts)
     accelerator = _accelerator(config.train)
-    trio = Trio.build(teacher.denoiser, config.objective.roles, sharing=config.train.sharing, init=teacher.student)
-    data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed)
-    monitor = Preview(teacher.showing(prompts), out, config.objective.sampler)
+    console = console if accelerator.is_main_process else Console(quiet=True)
+    train, method = config.train, config.objective
+    trio = Trio.build(
+        teacher.denoiser,
+        method.roles,
+        sharing=train.sharing,
+        lora=train.lora,
+        init=teacher.student,
+        seed=key(train.seed, "lora"),
+    )
+    reals = _real_data(config, teacher, console) if "latents" in method.needs else None
+    with bar("encoding prompts", len(prompts), console) as done:
+        data = PromptData(prompts, teacher.encode, teacher.shape, train.seed, done, reals)
+    if "head" in method.roles:
+        trio.add_head(data.batch((0,)), getattr(method, "gan_taps", ()), seed=key(train.seed, "head"))
+    if train.gradient_checkpointing:
+        trio.checkpoint_activations()
+    monitor = Preview(teacher.showing(prompts), out, config.objective.sampler, console=console)
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
     )
@@ -66,8 +87,34 @@ def prepare(
         if overwrite:
             _clear(out)
         checkpoint.write_text(out / CONFIG, config.to_yaml())
+        if given:
+            checkpoint.write_text(out / PROMPTS, "\n".join(given) + "\n")
         checkpoint.write_text(out / "environment.json", json.dumps(describe(), indent=1))
     return trainer, teacher
+
+
+def _real_data(config: RunConfig, teacher: Teacher, console: Console) -> RealData:
+    """The pictures of the folder that the configuration names, or the samples that the teacher brings."""
+    if config.data is not None:
+        folder = Path(config.data)
+        source = f"{teacher.card.source}@{teacher.card.revision}"
+        with bar("encoding pictures", len(captioned_pictures(folder)), console) as done:
+            reals = encoded(folder, teacher.codec, teacher.shape, source, done)
+    else:
+        assert teacher.reals is not None  # _check_needs
+        reals = teacher.reals()
+    return RealData(reals, teacher.encode, config.train.seed)
+
+
+def _given_prompts(config: RunConfig, out: Path, resume: bool) -> tuple[str, ...] | None:
+    """The prompts of the file that the configuration names; of the resumed run's copy where its own file has gone."""
+    if not config.prompts:
+        return None
+    copy = out / PROMPTS
+    gone = resume and copy.is_file() and not Path(config.prompts).exists()
+    # Only for the very name that the run was started with: another one would be a new file's, misspelt.
+    moved = gone and read_yaml(out / CONFIG).get("prompts") == config.prompts
+    return read_prompts(copy if moved else config.prompts)
 
 
 def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Path | None:
@@ -93,7 +140,7 @@ def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) ->
 
 def _clear(out: Path) -> None:
     """Delete what an earlier run wrote, once the new one is known to be able to start."""
-    for name in OURS + LEFTOVERS:
+    for name in OURS + LEFTOVERS + COPY:
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -120,12 +167,20 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
             f"teacher {teacher.card.name!r} brings no prompts to distil on, and the empty one alone would teach a "
             "student nothing about any other; give --prompts FILE, one prompt per line"
         )
-    missing = config.objective.needs & {"latents", "pairs"}
-    if missing:
+    needs = config.objective.needs
+    if needs - {"latents"}:
         raise ValueError(
-            f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
+            f"method {config.method!r} needs {', '.join(sorted(needs - {'latents'}))}, which this version cannot supply"
         )
-    guidance = getattr(config.objective, "guidance", 1.0)
+    if "latents" in needs and config.data is None and teacher.reals is None:
+        raise ValueError(
+            f"method {config.method!r} with these settings needs real samples (its GAN), and teacher "
+            f"{teacher.card.name!r} brings none; give --data FOLDER with captioned pictures, or --set "
+            "method.gan_weight=0"
+        )
+    if config.data is not None:
+        captioned_pictures(Path(config.data))  # raises before any work is done
+    guidance = config.to_dict()["method"].get("guidance", 1.0)  # a method may have none
     if guidance != 1 and not teacher.encode(prompts[:1]).null:
         raise ValueError(
             f"method.guidance = {guidance}, but teacher {teacher.card.name!r} has no unconditional branch; "
@@ -134,14 +189,7 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
 
 
 def _check_device(config: TrainConfig) -> None:
-    import torch
-
-    usable = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not usable[config.device]:
-        raise ValueError(
-            f"device {config.device!r} is not available here; usable: {', '.join(k for k, v in usable.items() if v)}"
-        )
-    if config.precision == "fp16" and (config.device in ("cpu", "mps") or not usable["cuda"]):
+    if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
 
 
@@ -149,4 +197,5 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     # accelerate keeps one state per process: an earlier run's precision and device would decide this one's.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "no" if config.precision == "fp32" else config.precision
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
+    # Left to itself, accelerate takes mps or whatever else it finds.
+    return Accelerator(cpu=device_of(config.device).type == "cpu", mixed_precision=precision)

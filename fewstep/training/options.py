@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fewstep.environment import check_device
+from fewstep.models.adapters import LoRA
 from fewstep.models.trio import Sharing
 from fewstep.training.optim import OptimConfig
 
@@ -20,9 +22,11 @@ class TrainConfig:
     batch_size: int = 64
     accumulate: int = 1
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: str = "auto"  # auto, cpu or cuda
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     sharing: Sharing = "copies"
+    lora: LoRA = LoRA()  # of the roles that are adapters
+    gradient_checkpointing: bool = False
     generator: OptimConfig = OptimConfig()
     critic: OptimConfig = OptimConfig()
     ema: float = 0.0  # decay of the averaged student, 0 = none; DMD2 uses none
@@ -44,6 +48,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        check_device(self.device)
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if not 0 <= self.ema < 1:

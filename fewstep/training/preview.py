@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from fewstep import pictures
+from fewstep.bar import bar
 from fewstep.models.denoiser import Denoiser
 from fewstep.objectives.rollout import StudentSampler
-from fewstep.sampling import Student, cycled, sample_teacher
+from fewstep.sampling import Advance, Student, cycled, sample_teacher
 from fewstep.teachers.base import Teacher
 
 PREVIEW_SEED = 1_000_003
@@ -32,32 +35,36 @@ class Preview:
     samples: int = 1000
     per_prompt: int = 4
     teacher_steps: int = 50
+    console: Console | None = None
     _teacher_panel: Tensor | None = field(default=None, repr=False)
 
     def evaluate(self, student: Denoiser, iteration: int) -> dict[str, float]:
         """Write <out>/previews/<iteration>.png and give the running figures; "rank" orders checkpoints."""
         maker = Student(student, self.teacher, self.sampler)
         prompts = grid_prompts(self.teacher.prompts)
-        count = len(prompts) * self.per_prompt if len(self.teacher.shape) == 3 else 1000
         rows = [p for p in prompts for _ in range(self.per_prompt)]
-        if self._teacher_panel is None:
-            self._teacher_panel = sample_teacher(self.teacher, count, rows, PREVIEW_SEED, num_steps=self.teacher_steps)
-        panels = [
-            (f"teacher, {self.teacher_steps} steps", self._teacher_panel),
-            (
-                f"student, {self.sampler.num_steps} step{'s' * (self.sampler.num_steps > 1)}",
-                maker.sample(count, rows, PREVIEW_SEED),
-            ),
-        ]
-        image = titled_grid(panels, prompts, self.per_prompt)
-        pictures.save(image, self.out / "previews" / f"{iteration:08d}.png")
-        return self._figures(maker)
+        count = len(rows) if len(self.teacher.shape) == 3 else 1000
+        total = count * (1 + (self._teacher_panel is None)) + (self.samples if self.teacher.evaluation else 0)
+        what = f"iteration {iteration}: images for the preview and its figure"
+        with bar(what, total, self.console, lines=True) as done:
+            if self._teacher_panel is None:
+                self._teacher_panel = sample_teacher(
+                    self.teacher, count, rows, PREVIEW_SEED, num_steps=self.teacher_steps, progress=done
+                )
+            steps = f"{self.sampler.num_steps} step{'s' * (self.sampler.num_steps > 1)}"
+            panels = [
+                (f"teacher, {self.teacher_steps} steps", self._teacher_panel),
+                (f"student, {steps}", maker.sample(count, rows, PREVIEW_SEED, progress=done)),
+            ]
+            image = titled_grid(panels, prompts, self.per_prompt)
+            pictures.save(image, self.out / "previews" / f"{iteration:08d}.png")
+            return self._figures(maker, done)
 
-    def _figures(self, maker: Student) -> dict[str, float]:
+    def _figures(self, maker: Student, progress: Advance) -> dict[str, float]:
         judge = self.teacher.evaluation
         if judge is None:
             return {}
-        images = maker.sample(self.samples, seed=PREVIEW_SEED + 10_000)
+        images = maker.sample(self.samples, seed=PREVIEW_SEED + 10_000, progress=progress)
         figures = judge.measure(images, cycled(self.teacher.prompts, 0, self.samples))
         named = {f"{name}@{self.samples}": value for name, value in figures.items()}
         return named | {"rank": figures[judge.metric]}
@@ -68,7 +75,7 @@ def grid_prompts(prompts: Sequence[str], limit: int = 10) -> list[str]:
     return list(dict.fromkeys(prompts))[:limit]
 
 
-def titled_grid(panels: Sequence[tuple[str, Tensor]], prompts: Sequence[str], per_prompt: int):
+def titled_grid(panels: Sequence[tuple[str, Tensor]], prompts: Sequence[str], per_prompt: int) -> Image.Image:
     """Panels of images (rows = prompts) or points on one scale, side by side with titles."""
     extent = max(float(images.abs().max()) for _, images in panels) * 1.05 if panels[0][1].ndim < 4 else None
     made = [(name, pictures.panel(images, per_prompt, extent=extent)) for name, images in panels]

@@ -291,7 +291,9 @@ class Trainer:
         """Go on from a checkpoint.  Raises ValueError if it is damaged or of other prompts."""
         saved = checkpoint.read(folder)
         if saved.state["prompts"] != self.data.digest:
-            raise ValueError(f"{folder} was trained on other prompts; give the old ones, or start another run")
+            raise ValueError(
+                f"{folder} was trained on other prompts or real samples; give the old ones, or start another run"
+            )
         if saved.state["progress"]["iteration"] > self.config.iterations:
             raise ValueError(
                 f"iterations = {self.config.iterations}, but {folder} has done {saved.state['progress']['iteration']}; "

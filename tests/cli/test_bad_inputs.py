@@ -36,8 +36,9 @@ FLAGS = {
     "lr-negative": (["--lr", "-1e-4"], ["lr must be a positive finite number", "-0.0001"]),
     "lr-nan": (["--lr", "nan"], ["lr must be a positive finite number", "nan"]),
     "lr-infinite": (["--lr", "inf"], ["lr must be a positive finite number", "inf"]),
-    "sharing": (["--sharing", "lora"], ["train.sharing", "'lora'", "'copies'"]),
-    "device": (["--device", "tpu"], ["train.device", "'tpu'", "'cpu', 'cuda' or 'mps'"]),
+    "sharing": (["--sharing", "shards"], ["train.sharing", "'shards'", "'copies'"]),
+    "device": (["--device", "tpu"], ["device 'tpu'", "allowed: auto, cpu, cuda"]),
+    "device-mps": (["--device", "mps"], ["device 'mps'", "allowed: auto, cpu, cuda", "no float64"]),
     "precision": (["--precision", "fp8"], ["train.precision", "'fp8'", "'fp32', 'bf16' or 'fp16'"]),
     "resume-and-overwrite": (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
     "resume-nothing": (["--resume"], ["no run to resume", "config.yaml is missing", "leave --resume out"]),
@@ -81,6 +82,12 @@ def test_wrong_flag_is_refused(cli, toy, tmp_path, case):
 def test_wrong_setting_is_refused(cli, toy, tmp_path, case):
     setting, words = SETTINGS[case]
     check_refused(cli(*toy, "--out", tmp_path / "run", "--set", setting), *words)
+
+
+def test_default_guidance_on_a_teacher_without_empty_prompt_names_the_way_out(cli, tmp_path):
+    """The method's default is not the user's choice, so the message must be all that is needed."""
+    done = cli("distill", "--teacher", "gaussian", "--method", "dmd2", "--out", tmp_path / "run")
+    check_refused(done, "method.guidance = 1.75", "no unconditional branch", "use --set method.guidance=1")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -146,10 +153,12 @@ def test_existing_run_is_refused(cli, toy, toy_run):
 def test_overwriting_a_folder_without_a_run_is_refused_and_deletes_nothing(cli, toy, tmp_path):
     """Fails if --overwrite takes any folder: a mistyped --out would lose somebody's "checkpoints"."""
     (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "prompts.txt").write_text("mine too, though a run has a file of this name")
     check_refused(
         cli(*toy, "--out", tmp_path, "--overwrite"), "holds files but no run", "--overwrite deletes runs only"
     )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "prompts.txt").is_file()
 
 
 def test_mistake_beside_overwrite_does_not_cost_the_old_run(cli, toy, toy_run, tmp_path):
@@ -279,9 +288,13 @@ def test_unknown_checkpoint_name_is_refused(cli, toy_run, tmp_path, command):
         (["sample", "-n", "0"], ["n must be >= 1, got 0"]),
         (["sample", "--num-steps", "-1"], ["num_steps must be >= 1, got -1"]),
         (["sample", "--out", "picture.txt"], [".txt"]),
+        (["sample", "--device", "mps"], ["device 'mps'", "allowed: auto, cpu, cuda"]),
+        (["sample", "--batch-size", "0"], ["batch_size must be >= 1, got 0"]),
         (["eval", "-n", "0"], ["n must be >= 1, got 0"]),
+        (["eval", "--device", "tpu"], ["device 'tpu'", "allowed: auto, cpu, cuda"]),
+        (["eval", "--batch-size", "-5"], ["batch_size must be >= 1, got -5"]),
     ],
-    ids=["n", "steps", "extension", "eval-n"],
+    ids=["n", "steps", "extension", "device", "batch", "eval-n", "eval-device", "eval-batch"],
 )
 def test_wrong_question_to_a_run_is_refused(cli, toy_run, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)

@@ -178,6 +178,28 @@ def test_a_run_on_a_prompt_file_is_sampled_on_it(pipeline_run):
     assert load_student(pipeline_run).teacher.prompts == ("a photo of a bag", "a coat")
 
 
+def test_a_moved_prompt_file_does_not_break_a_run(pipeline_run, tmp_path):
+    """Fails if the file is only named in config.yaml, or the named one is preferred to the run's copy."""
+    run = shutil.copytree(pipeline_run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for other in (tmp_path / "gone.txt", tmp_path / "changed.txt"):
+        (tmp_path / "changed.txt").write_text("another prompt\n")
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"prompts": str(other)}))
+        assert load_student(run).teacher.prompts == ("a photo of a bag", "a coat")
+
+
+def test_sample_and_eval_take_device_and_batch_size(cli, toy_run, tmp_path):
+    """Pictures and figures are those of any other batch size, up to rounding."""
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    figures = []
+    for size in ("7", "250"):
+        for command in (("sample", run, "-n", "16"), ("eval", run, "-n", "20", "--recompute-teacher")):
+            done = cli(*command, "--device", "cpu", "--batch-size", size)
+            assert done.exit_code == 0, done.output
+        figures.append([row["figures"]["sw"] for row in json.loads((run / "eval.json").read_text())["rows"]])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+
+
 def test_sample_takes_prompts_and_a_place(cli, pipeline_run, tmp_path):
     """Eight tiles of 16 pixels, four times enlarged, in a row; the first and the fourth share a prompt, not a seed."""
     done = cli(

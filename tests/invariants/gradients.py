@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fewstep.models.adapters import LoRA
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns
 from fewstep.objectives.dmd2 import DMD2
@@ -20,6 +21,7 @@ from fewstep.training.data import PromptData
 from fewstep.training.options import TrainConfig
 from fewstep.training.parallel import average_gradients
 from fewstep.training.progress import Interrupted
+from fewstep.training.reals import RealData
 from fewstep.training.trainer import Trainer
 from fewstep.types import Turn
 
@@ -57,24 +59,44 @@ class Gradients(Trainer):
         optimizer.zero_grad(set_to_none=True)
 
 
-def make(cls: type[Trainer], out: Path, num_steps: int, **train: Any) -> tuple[Any, Steps]:
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "gan": ({"gan_weight": 0.5, "gan_critic_weight": 1.0, "r1_weight": 0.1}, {}),
+    "lora": ({"gan_weight": 0.5, "gan_critic_weight": 1.0}, {"sharing": "lora", "lora": LoRA(rank=2)}),
+}
+"""Settings of the method and of the trainer."""
+
+CASES = [(1, "plain"), (4, "plain"), (2, "gan"), (1, "lora")]
+"""Steps and variant of what is compared."""
+
+
+def make(cls: type[Trainer], out: Path, num_steps: int, variant: str = "plain", **train: Any) -> tuple[Any, Steps]:
     """A trainer of a float64 trio around a two-class mixture, and the list that collects step indices."""
     teacher = mixture(MEANS, COVS, classes=[0, 1], fit_steps=0)
     steps: Steps = []
-    objective = Watched(num_steps=num_steps, guidance=2.0, turns=Turns(critic_per_generator=1), steps=steps)
-    trio = Trio.build(teacher.denoiser, objective.roles, init=teacher.student)
+    method, more = VARIANTS[variant]
+    objective = Watched(num_steps=num_steps, guidance=2.0, turns=Turns(critic_per_generator=1), steps=steps, **method)
+    config = TrainConfig(batch_size=8, device="cpu", **train, **more)
+    trio = Trio.build(teacher.denoiser, objective.roles, sharing=config.sharing, lora=config.lora, init=teacher.student)
     trio.generator.double(), trio.critic().double()
     with torch.no_grad():  # a fake score that differs from the generator, or its gradient would be special
-        for i, p in enumerate(trio.critic().parameters()):
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
-    data = PromptData(teacher.prompts, teacher.encode, teacher.shape, 0)
-    config = TrainConfig(batch_size=8, device="cpu", **train)
+        for role, shift in ((trio.critic(), 0), (trio.generator, 1000 * (variant == "lora"))):
+            for i, p in enumerate(role.weights().values()):
+                if role is not trio.generator or shift:
+                    p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(shift + i), dtype=p.dtype)
+    reals = RealData(teacher.reals(), teacher.encode, 0) if objective.needs else None
+    data = PromptData(teacher.prompts, teacher.encode, teacher.shape, 0, reals=reals)
+    if "head" in objective.roles:
+        trio.add_head(data.batch((0,)), seed=1)
+        trio.discriminator().double()
     return cls(config, trio, objective, data, out=out, accelerator=Accelerator(cpu=True)), steps
 
 
-def gradients(out: Path, num_steps: int, accumulate: int = 1) -> tuple[dict[str, Tensor], Steps]:
+def gradients(
+    out: Path, num_steps: int, accumulate: int = 1, variant: str = "plain"
+) -> tuple[dict[str, Tensor], Steps]:
     """Every parameter's gradient at each turn of ITERATIONS iterations, and all step indices."""
-    trainer, steps = make(Gradients, out, num_steps, accumulate=accumulate)
+    trainer, steps = make(Gradients, out, num_steps, variant, accumulate=accumulate)
     for iteration in range(ITERATIONS):
         trainer.progress.iteration = iteration
         trainer.step(iteration)
@@ -114,8 +136,8 @@ def stopped(out: Path) -> str:
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-    for n in (1, 4):
-        seen, step_indices = gradients(folder, n)
-        torch.save((seen, step_indices), folder / f"gradients{n}.{rank}.pt")
+    for n, kind in CASES:
+        seen, step_indices = gradients(folder, n, variant=kind)
+        torch.save((seen, step_indices), folder / f"gradients-{kind}{n}.{rank}.pt")
     (folder / f"stopped.{rank}.json").write_text(json.dumps(stopped(folder)))
     torch.distributed.destroy_process_group()

@@ -39,16 +39,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
-def test_two_gloo_ranks_give_the_gradient_of_one_process(num_steps: int, ranks: Path, tmp_path: Path):
+@pytest.mark.parametrize(("num_steps", "variant"), script.CASES)
+def test_two_gloo_ranks_give_the_gradient_of_one_process(num_steps: int, variant: str, ranks: Path, tmp_path: Path):
     """Both turns, every parameter; float64, so only the order of 8 terms differs.
 
-    Fails with both ranks on the same samples (`_micro_batches` without the process index), and for 4 steps with a step
-    index keyed by the samples.
+    Fails with both ranks on the same samples (`_micro_batches` without the process index), for several steps with a
+    step index keyed by the samples, and with a GAN head that each rank seeds by itself.
     """
-    one, steps = script.gradients(tmp_path, num_steps)
+    one, steps = script.gradients(tmp_path, num_steps, variant=variant)
     for rank in range(2):
-        two, their_steps = torch.load(ranks / f"gradients{num_steps}.{rank}.pt", weights_only=True)
+        two, their_steps = torch.load(ranks / f"gradients-{variant}{num_steps}.{rank}.pt", weights_only=True)
         assert script.relative_error(two, one) < 1e-10
         assert their_steps == steps
     assert len(set(steps)) > 1 or num_steps == 1

@@ -43,20 +43,21 @@ def test_run_knows_its_folder_settings_and_counts(run):
 @pytest.mark.parametrize(("which", "iteration"), [("best", 2), ("last", 4)])
 def test_student_is_that_of_the_wanted_checkpoint(run, which, iteration):
     """Fails if the newest checkpoint is taken for the best."""
-    found = fewstep.load_student(run.out, which=which).denoiser.backbone.module.state_dict()
-    assert_close(found, weights(run, iteration), atol=0, rtol=0)
+    student = fewstep.load_student(run.out, which=which, device="cpu")
+    assert student.iteration == iteration
+    assert_close(student.denoiser.backbone.module.state_dict(), weights(run, iteration), atol=0, rtol=0)
     assert not torch.equal(weights(run, 2)["inner.weight"], weights(run, 4)["inner.weight"])
 
 
 def test_loaded_student_makes_the_runs_images(run):
     """The teacher is made again from config.yaml.  Fails if its options (means as tensors, schedule) are not saved."""
-    again = fewstep.load_student(run.out)
+    again = fewstep.load_student(run.out, device="cpu")
     assert torch.equal(again.sample(5, seed=3), run.student.sample(5, seed=3))
     assert again.sampler.num_steps == 2
 
 
 def test_untrained_student_is_where_training_starts(run):
-    found = untrained_student(run.out).denoiser.backbone.module.state_dict()
+    found = untrained_student(run.out, device="cpu").denoiser.backbone.module.state_dict()
     assert_close(found, dict(teacher().student().backbone.module.state_dict()), atol=0, rtol=0)
 
 

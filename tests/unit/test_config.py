@@ -132,6 +132,22 @@ def test_recipe_is_found_whatever_the_dashes():
     assert recipe_of("gaussian", "dmd2") is None
 
 
+@pytest.mark.parametrize("name", ["someone/fashion-dit", "/data/fashion-dit", "./mixture"])
+def test_recipe_is_a_registered_teachers_alone(name):
+    """Fails if the last part of a path or hub id is taken for a name: it is another teacher."""
+    assert recipe_of(name, "dmd2") is None
+
+
+@pytest.mark.parametrize("name", ["fashion-dit", "mixture"])
+def test_recipe_pins_no_device(name):
+    assert resolve(given={"teacher": {"name": name}, "method": {"name": "dmd2"}}).train.device == "auto"
+
+
+def test_device_without_float64_is_refused_and_says_why():
+    with pytest.raises(ValueError, match=r"device 'mps' is not known; allowed: auto, cpu, cuda \(mps has no float64"):
+        TrainConfig(device="mps")
+
+
 def test_name_of_teacher_in_a_recipe_is_overridden_by_the_given_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text("teacher: {name: mixture}\nmethod: {name: dmd2}\n")
     assert resolve(config=tmp_path / "recipe.yaml").teacher == "mixture"

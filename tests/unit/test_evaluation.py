@@ -12,9 +12,9 @@ from fewstep.evaluation import Row, evaluate_run, markdown
 from fewstep.sampling import sample_teacher
 
 STORED = (
-    {"steps": 4, "n": 10_000, "seed": 1, "cfg": 1.5, "fmd": 2.0, "agreement": 0.9},
-    {"steps": 50, "n": 2_000, "seed": 1, "cfg": 1.5, "fmd": 3.0, "agreement": 0.9},
-    {"steps": 50, "n": 10_000, "seed": 1, "cfg": 2.0, "fmd": 4.5, "agreement": 0.97},
+    {"steps": 4, "n": 10_000, "seed": 1, "cfg": 1.0, "fmd": 2.0, "agreement": 0.9},
+    {"steps": 50, "n": 2_000, "seed": 1, "cfg": 1.0, "fmd": 3.0, "agreement": 0.9},
+    {"steps": 50, "n": 10_000, "seed": 1, "cfg": 1.0, "fmd": 4.5, "agreement": 0.97},
     {"steps": 50, "n": 10_000, "seed": 1, "cfg": 3.0, "fmd": 6.0, "agreement": 0.99},
 )
 
@@ -24,7 +24,8 @@ def stored():
     """A Gaussian with rows beside its weights, as the embedded teacher has."""
     made = fewstep.teachers.gaussian(fit_steps=2)
     card = replace(made.card, name="stored-of-test-evaluation")
-    return replace(made, card=card, options={}, evaluation=replace(made.evaluation, rows=STORED))
+    evaluation = replace(made.evaluation, rows=STORED, rows_protocol=made.evaluation.protocol_hash)
+    return replace(made, card=card, options={}, evaluation=evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def run(tmp_path_factory):
 
 
 def rows_of(run, **options) -> list[dict]:
-    evaluate_run(run.out, n=64, seed=9, **options)
+    evaluate_run(run.out, n=64, seed=9, device="cpu", **options)
     return json.loads((run.out / "eval.json").read_text())["rows"]
 
 
@@ -44,7 +45,7 @@ def test_rows_are_teacher_untrained_and_student_by_one_protocol(run):
     judge, prompts = run.teacher.evaluation, [""] * 64
     made = {
         "teacher": sample_teacher(run.teacher, 64, seed=9, num_steps=50),
-        "untrained student": untrained_student(run.out).sample(64, seed=9),
+        "untrained student": untrained_student(run.out, device="cpu").sample(64, seed=9),
         "student": run.student.sample(64, seed=9),
     }
     assert [row["model"] for row in rows] == list(made)
@@ -55,11 +56,26 @@ def test_rows_are_teacher_untrained_and_student_by_one_protocol(run):
         assert_close([*row["figures"].values()], [*expected.values()])
 
 
-def test_stored_row_of_the_teacher_is_its_best_at_most_samples_and_steps(run):
-    """Fails if the denominator of a claim is a row of fewer samples, or a worse guidance."""
+def test_stored_row_is_at_the_teachers_guidance_of_most_steps_and_samples(run):
+    """Fails if the denominator of a claim is a row of fewer samples, or another guidance."""
     teacher = rows_of(run)[0]
-    assert teacher["stored"] and (teacher["steps"], teacher["n"], teacher["guidance"]) == (50, 10_000, 2.0)
+    assert teacher["stored"] and (teacher["steps"], teacher["n"], teacher["guidance"]) == (50, 10_000, 1.0)
     assert teacher["figures"] == {"fmd": 4.5, "agreement": 0.97}
+
+
+def test_stored_rows_of_another_protocol_are_not_used(run, monkeypatch, capsys):
+    """Fails if the rows' hash is never compared: one table would hold figures that do not compare."""
+    old = replace(run.teacher.evaluation, rows_protocol="older")
+    teacher = replace(run.teacher, evaluation=old)
+    monkeypatch.setattr("fewstep.api.load_teacher", lambda *_, **__: teacher)
+    assert not rows_of(run)[0]["stored"]
+    assert "protocol older, this evaluation is of closed form: measuring the teacher anew" in capsys.readouterr().err
+
+
+def test_record_names_the_checkpoint(run):
+    rows_of(run, which="last")
+    record = json.loads((run.out / "eval.json").read_text())
+    assert (record["which"], record["iteration"]) == ("last", 2)
 
 
 def test_recomputed_teacher_says_with_which_guidance(run):

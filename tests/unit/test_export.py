@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import fewstep
 from fewstep.export import export_run, model_card
-from tests.tiny_pipeline import build
+from tests.tiny_pipeline import build, build_stable_diffusion
 
 PROMPT, SEED = "a photo of a bag", 11
 STUDENTS = {
@@ -21,6 +21,9 @@ STUDENTS = {
     "deterministic": {"num_steps": 4, "stochastic": False},
     "stochastic": {"num_steps": 2, "stochastic": True},
     "shifted": {"num_steps": 2, "stochastic": False},
+    "unet-stochastic": {"num_steps": 4, "stochastic": True},
+    "unet-deterministic": {"num_steps": 3, "stochastic": False},
+    "unet-v": {"num_steps": 4, "stochastic": True},
 }
 ALONE = """
 import importlib.abc, json, sys
@@ -50,7 +53,12 @@ assert not any(name.split(".")[0] == "fewstep" for name in sys.modules)
 def runs(tmp_path_factory):
     """Runs of a few iterations by name: a tiny pipeline, distilled to students of every kind."""
     root = tmp_path_factory.mktemp("export")
-    teachers = {"plain": build(root / "plain"), "shift": build(root / "shift", shift=3.0)}
+    teachers = {
+        "shifted": build(root / "shift", shift=3.0),
+        "unet-v": build_stable_diffusion(root / "v", prediction_type="v_prediction", beta_schedule="linear"),
+        "unet": build_stable_diffusion(root / "unet"),
+        "": build(root / "plain"),
+    }
     (root / "prompts.txt").write_text(f"{PROMPT}\na coat\n")
     options = {
         "prompts": str(root / "prompts.txt"),
@@ -61,7 +69,7 @@ def runs(tmp_path_factory):
     }
     return {
         name: fewstep.distill(
-            str(teachers["shift" if name == "shifted" else "plain"]),
+            str(next(folder for start, folder in teachers.items() if name.startswith(start))),
             out=root / f"run-{name}",
             **options,
             **kind,
@@ -98,7 +106,8 @@ def alone(exported):
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_pipeline_alone_makes_the_students_images(runs, alone, kind):
     """< 1e-4 in fp32.  Fails if the teacher's weights, scheduler or shift, other times or another seeding are exported
-    ("shifted": if the network's timesteps are taken for the noise levels)."""
+    ("shifted": if the network's timesteps are taken for the noise levels; "unet": if betas or prediction type are
+    others, or x_t is blended into x0 by LCM's own scalings)."""
     ours = runs[kind].student.sample(2, [PROMPT], SEED)
     for i in range(2):
         assert_close(alone[kind][i], ours[i], atol=1e-4, rtol=0)
@@ -115,7 +124,7 @@ def test_student_differs_from_its_teacher(runs):
 
 def test_card_says_how_each_image_is_seeded(exported):
     texts = {name: (folder / "README.md").read_text() for name, folder in exported.items()}
-    for name in ("one-step", "deterministic"):
+    for name in ("one-step", "deterministic", "unet-stochastic", "unet-deterministic"):
         assert "generator=torch.Generator('cpu').manual_seed(seed)" in call_of(exported[name])
         assert "manual_seed(SEED + i)" in texts[name]
     assert "torch.manual_seed(seed)\nimage = pipe(prompt, generator=None" in call_of(exported["stochastic"])
@@ -128,6 +137,7 @@ def test_card_gives_the_students_times(exported):
     )
     assert "sigmas" not in call_of(exported["deterministic"])
     assert "timesteps=[1000, 250], sigmas=[1.0, 0.5]" in call_of(exported["shifted"])  # 3u / (1 + 2u) = .5 at u = .25
+    assert "timesteps=[999, 749, 499, 249], guidance_scale=1.0" in call_of(exported["unet-stochastic"])
 
 
 def test_card_owns_up_to_rounded_times(runs):
@@ -136,6 +146,17 @@ def test_card_owns_up_to_rounded_times(runs):
         student = runs[name].student
         third = replace(student, sampler=replace(student.sampler, num_steps=3))
         assert ("Up to rounding" in model_card(third, {}, runs[name].out)) is expected
+
+
+def test_card_quotes_figures_of_this_checkpoint_only(runs, tmp_path):
+    """Fails if the run's table is quoted whichever checkpoint it is of."""
+    student = runs["one-step"].student
+    row = {"model": "student", "steps": 1, "n": 100, "seed": 0, "figures": {"fmd": 1.25}}
+    for measured, quoted in ((student.iteration, True), (student.iteration + 1, False), (None, False)):
+        (tmp_path / "eval.json").write_text(json.dumps({"rows": [row], "which": "best", "iteration": measured}))
+        card = model_card(student, {}, tmp_path, "last")
+        assert ("| student | 1 | - | 100 | 1.25 |" in card) is quoted
+        assert ("not measured yet: `fewstep eval RUN --which last`" in card) is not quoted
 
 
 def test_exported_weights_are_safetensors(exported):

@@ -35,6 +35,42 @@ def test_same_entry_may_be_registered_again(registry):
     assert registry.register("one_two")(entry) is entry
 
 
+CELL = """
+def make():
+    return {value}
+
+class Method:
+    value = {value}
+"""
+
+
+def run_cell(value: int) -> dict:
+    names = {"__name__": "__main__"}
+    exec(CELL.format(value=value), names)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["make", "Method"])
+@pytest.mark.parametrize("name", ["one_three", "one-three"])
+def test_definition_that_is_run_again_replaces_the_old_one(registry, kind, name):
+    """A notebook's cell.  Fails if entries are compared by identity, or another spelling is filed too."""
+    registry.register("one_three")(run_cell(1)[kind])
+    again = registry.register(name)(run_cell(2)[kind])
+    assert registry.get("one_three") is registry.get("one-three") is again
+    assert len(registry.names()) == 2
+
+
+def test_other_definition_of_the_same_name_is_refused(registry):
+    """From another module, or another function of the same; and the first stays."""
+    first = registry.register("one_three")(run_cell(1)["make"])
+    other = {"__name__": "elsewhere"}
+    exec(CELL.format(value=2), other)
+    for entry in (other["make"], run_cell(2)["Method"]):
+        with pytest.raises(ValueError, match="is registered already"):
+            registry.register("one_three")(entry)
+    assert registry.get("one_three") is first
+
+
 def test_unknown_name_is_answered_with_nearest_known_and_remedy(registry):
     with pytest.raises(
         LookupError, match=r"no thing named 'one_to'\. Did you mean 'one_two'\? Known: one_two\..*--plugin"

@@ -1,1 +1,1 @@
-"""Build of the embedded teacher `fashion-dit` and of its classifier: `python -m fewstep.teachers.fashion_build`."""
+"""Build of the embedded teachers and of their classifier: `python -m fewstep.teachers.fashion_build`."""

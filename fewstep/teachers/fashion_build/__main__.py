@@ -10,13 +10,27 @@ import torch
 
 from fewstep.teachers.fashion_build.card import build_card
 from fewstep.teachers.fashion_build.classifier import build_classifier
+from fewstep.teachers.fashion_build.clip import build_clip
 from fewstep.teachers.fashion_build.data import DEBIAN_FOLDER
 from fewstep.teachers.fashion_build.dit import build_dit
+from fewstep.teachers.fashion_build.reals import build_reals
+from fewstep.teachers.fashion_build.references import build_references
 from fewstep.teachers.fashion_build.text import build_text
+from fewstep.teachers.fashion_build.unet import build_unet
 from fewstep.teachers.fashion_build.vae import build_vae
 
 DEFAULT_OUT = Path(__file__).parents[1] / "weights"
-STAGES = {"classifier": build_classifier, "text": build_text, "vae": build_vae, "dit": build_dit, "card": build_card}
+STAGES = {
+    "classifier": build_classifier,
+    "references": build_references,
+    "text": build_text,
+    "clip": build_clip,
+    "vae": build_vae,
+    "dit": build_dit,
+    "reals": build_reals,
+    "unet": build_unet,
+    "card": build_card,
+}
 
 
 def main() -> None:

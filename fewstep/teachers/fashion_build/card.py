@@ -1,4 +1,4 @@
-"""Stage `card`: measure the teacher cell by cell, store the figures in teacher.json and write the model card.
+"""Stage `card`: measure the teachers cell by cell, store the figures in teacher.json and write the model cards.
 
 A cell is (sampler steps, CFG, number of samples, seed). Measured with the stored fp16 weights loaded to fp32: FMD
 against the moments of the 60,000 training images, and agreement, the share of samples that the shipped classifier
@@ -7,15 +7,15 @@ assigns to the prompted class. Both use one classifier, so they are one point of
 
 from __future__ import annotations
 
-import json
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import CogView4Pipeline
+from torch import Tensor
 
 from fewstep.metrics.features import (
     FEATURE_DIM,
@@ -26,12 +26,14 @@ from fewstep.metrics.features import (
     load_reference,
 )
 from fewstep.metrics.frechet import Moments, moments_distance
+from fewstep.sampling import sample_teacher
 from fewstep.teachers.fashion_build.captions import all_captions, balanced_prompts
 from fewstep.teachers.fashion_build.classifier import protocol_hash, protocol_of
-from fewstep.teachers.fashion_build.loop import read_notes, write_json
+from fewstep.teachers.fashion_build.loop import read_json, read_notes, write_json
 from fewstep.teachers.fashion_build.model_card import render_card
 from fewstep.teachers.fashion_build.pipeline import encode_captions, euler_sample, load_pipeline, sample_noise
 from fewstep.teachers.fashion_build.vae import decode
+from fewstep.teachers.pipelines import from_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -52,30 +54,78 @@ class Cell:
     seed: int
 
 
-def measure(pipeline: CogView4Pipeline, model: FashionClassifier, reference: Moments, cell: Cell) -> dict:
-    """Sample a cell in chunks and return its row: the cell, fmd, agreement and seconds.
+Draw = Callable[[Cell, int, int], Tensor]
+"""(cell, first, count) -> pictures of samples first .. first + count - 1: [count, 1, 32, 32] in [-1, 1], nearly."""
 
-    Chunks are shared between one worker per CPU thread, each single-threaded, and merged in order.
+
+@dataclass(frozen=True)
+class Subject:
+    """A teacher that is measured once the stage that trains it is finished.
+
+    name, stage, network: of its folder, of that stage and of the part that it trains.  sampler: in words.
+    opened: how the folder is loaded and sampled.
     """
-    start = time.monotonic()
+
+    name: str
+    stage: str
+    network: str
+    sampler: str
+    opened: Callable[[Path], Draw]
+
+
+def draw_of_transformer(folder: Path) -> Draw:
+    """Euler steps on the pipeline's grid, every caption encoded once."""
+    pipeline = load_pipeline(folder)
     captions = all_captions()
     table = dict(zip(captions, encode_captions(pipeline, captions), strict=True))
     empty = encode_captions(pipeline, [""])
-    channels = pipeline.transformer.config.in_channels
+
+    def draw(cell: Cell, first: int, count: int) -> Tensor:
+        prompts, _ = balanced_prompts(count, first)
+        noise = sample_noise(count, pipeline.transformer.config.in_channels, seed=cell.seed, start=first)
+        text = torch.stack([table[prompt] for prompt in prompts])
+        latents = euler_sample(pipeline.transformer, noise, text, empty, num_steps=cell.steps, guidance=cell.cfg)
+        return decode(pipeline.vae, latents)
+
+    return draw
+
+
+def draw_of_teacher(folder: Path) -> Draw:
+    """The package's own sampler, as a user gets it."""
+    teacher = from_pipeline(str(folder))
+
+    def draw(cell: Cell, first: int, count: int) -> Tensor:
+        prompts, _ = balanced_prompts(count, first)
+        return sample_teacher(
+            teacher, count, prompts, cell.seed + first, num_steps=cell.steps, guidance=cell.cfg, batch_size=count
+        )
+
+    return draw
+
+
+SUBJECTS = (
+    Subject("fashion-dit", "dit", "transformer", "Euler on CogView4Pipeline's default grid", draw_of_transformer),
+    Subject("fashion-unet", "unet", "unet", "DDIM on StableDiffusionPipeline's grid, trailing", draw_of_teacher),
+)
+
+
+def measure(draw: Draw, model: FashionClassifier, reference: Moments, cell: Cell, *, workers: int) -> dict:
+    """Sample a cell in chunks and return its row: the cell, fmd, agreement and seconds.
+
+    Chunks are shared between single-threaded workers and merged in order.
+    """
+    start = time.monotonic()
 
     def chunk(first: int) -> tuple[Moments, int]:
         count = min(CHUNK, cell.n - first)
-        prompts, labels = balanced_prompts(count, first)
-        noise = sample_noise(count, channels, seed=cell.seed, start=first)
-        text = torch.stack([table[prompt] for prompt in prompts])
-        latents = euler_sample(pipeline.transformer, noise, text, empty, num_steps=cell.steps, guidance=cell.cfg)
-        features, logits = extract(model, decode(pipeline.vae, latents))
+        _, labels = balanced_prompts(count, first)
+        features, logits = extract(model, draw(cell, first, count))
         return Moments.of(features), int((logits.argmax(1) == torch.tensor(labels)).sum())
 
     moments, agreed = Moments.empty(FEATURE_DIM), 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for part, hits in pool.map(chunk, range(0, cell.n, CHUNK)):
             moments, agreed = moments.merge(part), agreed + hits
     torch.set_num_threads(threads)
@@ -101,22 +151,22 @@ def pending(rows: list[dict]) -> Cell | None:
     return None
 
 
-def empty_report(out: Path) -> dict:
+def empty_report(subject: Subject, out: Path) -> dict:
     """teacher.json without rows: the protocol, the weights that it is about, and the VAE's own loss."""
     protocol = protocol_of(out / "fashion-classifier")
-    vae = read_notes(out)["vae"]
-    folder = out / "fashion-dit"
+    vae = read_notes(out, subject.name)["vae"]
+    folder = out / subject.name
     return {
-        "teacher": "fashion-dit",
+        "teacher": subject.name,
         "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
         "sampling": {
-            "sampler": "Euler on CogView4Pipeline's default grid",
+            "sampler": subject.sampler,
             "prompts": "sample i: class i mod 10, template (i // 10) mod 10",
             "noise": 'sample i: torch.Generator("cpu").manual_seed(seed + i)',
             "weights": "fp16 stored, fp32 computed",
         },
-        "transformer_sha256": file_sha256(folder / "transformer" / "diffusion_pytorch_model.safetensors"),
+        f"{subject.network}_sha256": file_sha256(folder / subject.network / "diffusion_pytorch_model.safetensors"),
         "vae_sha256": file_sha256(folder / "vae" / "diffusion_pytorch_model.safetensors"),
         "text_encoder_sha256": file_sha256(folder / "text_encoder" / "model.safetensors"),
         "vae_reconstruction": {
@@ -129,31 +179,39 @@ def empty_report(out: Path) -> dict:
     }
 
 
-def build_card(data: Path, out: Path, work: Path, minutes: float | None = None) -> None:
-    """Measure pending cells until none is left or the minutes are spent; the report is rewritten after each.
-
-    Neither data nor work is read. Rows of an earlier run are kept only if they are about the same weights and protocol.
-    """
-    del data, work
-    path = out / "fashion-dit" / "teacher.json"
-    report = empty_report(out)
+def stored_report(subject: Subject, out: Path) -> dict:
+    """The report so far. Rows of an earlier run are kept only if they are about the same weights and protocol."""
+    report, path = empty_report(subject, out), out / subject.name / "teacher.json"
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         if {**stored, "rows": []} == report:
-            report = stored
-    pipeline = load_pipeline(out / "fashion-dit")
-    model, reference = load_fashion_classifier(out / "fashion-classifier"), load_reference(out / "fashion-classifier")
-    start = time.monotonic()
-    while (cell := pending(report["rows"])) and (minutes is None or time.monotonic() - start < 60 * minutes):
-        row = measure(pipeline, model, reference, cell)
-        report["rows"].append(row)
-        write_json(path, report)
-        log.info("card: %s", row)
-        write_card(report, out)
-    write_json(path, report)
-    write_card(report, out)
+            return stored
+    return report
 
 
-def write_card(report: dict, out: Path) -> None:
-    """Render README.md anew from the report and the stages' notes."""
-    (out / "fashion-dit" / "README.md").write_text(render_card(report, out), encoding="utf-8")
+def build_card(data: Path, out: Path, work: Path, minutes: float | None = None) -> None:
+    """Measure pending cells, of one finished teacher after the other in turn, until none is left or the minutes are
+    spent; a report is rewritten after each of its cells.  Neither data nor work is read."""
+    del data, work
+    reports = {s: stored_report(s, out) for s in SUBJECTS if s.stage in read_notes(out, s.name)}
+    for subject, report in reports.items():
+        write_report(subject, report, out)
+    draws = {s: s.opened(out / s.name) for s, report in reports.items() if pending(report["rows"])}
+    folder = out / "fashion-classifier"
+    model, reference = load_fashion_classifier(folder), load_reference(folder)
+    start, workers = time.monotonic(), torch.get_num_threads()
+    while waiting := [s for s, report in reports.items() if pending(report["rows"])]:
+        for subject in waiting:
+            cell = pending(reports[subject]["rows"])
+            if cell is None or (minutes is not None and time.monotonic() - start >= 60 * minutes):
+                return
+            row = measure(draws[subject], model, reference, cell, workers=workers)
+            reports[subject]["rows"].append(row)
+            write_report(subject, reports[subject], out)
+            log.info("card: %s %s", subject.name, row)
+
+
+def write_report(subject: Subject, report: dict, out: Path) -> None:
+    """teacher.json, and README.md rendered anew from it and the stages' notes."""
+    write_json(out / subject.name / "teacher.json", report)
+    (out / subject.name / "README.md").write_text(render_card(report, out), encoding="utf-8")

@@ -80,18 +80,23 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary.replace(path)
 
 
-def read_notes(out: Path) -> dict[str, dict]:
-    """What each finished stage of the pipeline folder has noted about itself (build.json); empty before the first."""
-    path = out / "fashion-dit" / "build.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_json(path: Path) -> dict:
+    """The content of a JSON file that holds an object."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_note(out: Path, work: Path, plan: Plan, figures: dict) -> None:
+def read_notes(out: Path, teacher: str = "fashion-dit") -> dict[str, dict]:
+    """What each finished stage of a pipeline folder has noted about itself (build.json); empty before the first."""
+    path = out / teacher / "build.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def write_note(out: Path, work: Path, plan: Plan, figures: dict, teacher: str = "fashion-dit") -> None:
     """Note a stage as finished, with its figures, training steps and seconds. The note lies beside the weights, so a
     stage counts as finished wherever its artefact is."""
-    spent = json.loads((work / f"{plan.name}.json").read_text(encoding="utf-8"))
+    spent = read_json(work / f"{plan.name}.json")
     note = {"steps": spent["iteration"], "seconds": round(spent["seconds"], 1), "peak_lr": plan.peak_lr} | figures
-    write_json(out / "fashion-dit" / "build.json", read_notes(out) | {plan.name: note})
+    write_json(out / teacher / "build.json", read_notes(out, teacher) | {plan.name: note})
     log.info("%s: %s", plan.name, note)
 
 
@@ -110,11 +115,14 @@ def _unpack(
     """Put the tensors of `_pack` back in place."""
     for prefix, module in (("model/", model), ("ema/", averaged)):
         module.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("adam/"):
             _, index, slot = name.split("/")
-            state.setdefault(int(index), {})[slot] = value
+            p = parameters[int(index)]
+            # In the parameter's memory layout: fused AdamW on the CPU mixes up elements where moments have another.
+            state.setdefault(int(index), {})[slot] = torch.empty_like(p).copy_(value) if value.ndim else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -209,7 +217,7 @@ def _resume(plan: Plan, folder: Path, model: nn.Module, averaged: nn.Module, opt
     note = folder / f"{plan.name}.json"
     if not note.is_file():
         return 0, 0.0
-    stored = json.loads(note.read_text(encoding="utf-8"))
+    stored = read_json(note)
     _unpack(load_file(folder / f"{plan.name}.safetensors"), model, averaged, optimizer)
     log.info("%s: going on from step %d", plan.name, stored["iteration"])
     return stored["iteration"], stored["seconds"]

@@ -1,13 +1,13 @@
-"""The model card README.md of the pipeline folder, rendered from the figures that the stages stored."""
+"""The model cards README.md of the pipeline folders, rendered from the figures that the stages stored."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from fewstep.teachers.fashion_build.loop import read_notes
+from fewstep.teachers.fashion_build.loop import read_json, read_notes
 
-HEAD = """\
+DIT_HEAD = """\
 ---
 license: apache-2.0
 library_name: diffusers
@@ -31,6 +31,31 @@ image = pipeline("a photo of an ankle boot", **call).images[0]
 
 Prompts have at most 16 tokens. The captions it was trained on name one of: t-shirt, trousers, pullover, dress, coat,
 sandal, shirt, sneaker, bag, ankle boot. Loading prints that the text encoder is not a GlmModel; it is meant to be so.
+"""
+
+UNET_HEAD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# fashion-unet
+
+Stable Diffusion in miniature, trained on Fashion-MNIST: 32x32 grey pictures of ten kinds of clothing. It is the second
+embedded teacher of fewstep: a complete `StableDiffusionPipeline` (tokenizer, CLIP text encoder, VAE, a UNet with
+cross-attention that predicts eps, DDIM scheduler) with the usual betas, small enough for two CPU cores.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("fewstep/teachers/weights/fashion-unet", dtype=torch.float32)
+image = pipeline("a photo of an ankle boot", num_inference_steps=50, guidance_scale={cfg:g}).images[0]
+```
+
+Prompts have at most 16 tokens. The captions it was trained on name one of: t-shirt, trousers, pullover, dress, coat,
+sandal, shirt, sneaker, bag, ankle boot. Tokenizer, text encoder and VAE are those of fashion-dit, byte for byte.
 """
 
 METRIC = """\
@@ -72,23 +97,22 @@ def render_rows(rows: list[dict]) -> str:
     return "".join(line.format(**row) for row in ordered)
 
 
-def render_recipe(out: Path) -> str:
+def render_recipe(out: Path, teacher: str) -> str:
     """Parameters, training cost and remarks of each part, from build.json."""
-    folder = out / "fashion-dit"
+    folder, notes = out / teacher, read_notes(out, teacher)
     files = {
         "text": ("text encoder", folder / "text_encoder" / "model.safetensors"),
         "vae": ("VAE", folder / "vae" / "diffusion_pytorch_model.safetensors"),
         "dit": ("transformer", folder / "transformer" / "diffusion_pytorch_model.safetensors"),
+        "unet": ("UNet", folder / "unet" / "diffusion_pytorch_model.safetensors"),
     }
     lines = ["| part | parameters | steps | minutes | peak learning rate |", "|---|---|---|---|---|"]
-    for stage, note in read_notes(out).items():
+    for stage, note in notes.items():
         name, path = files[stage]
         minutes, rate = note["seconds"] / 60, note["peak_lr"]
         lines.append(f"| {name} | {_count(path):,} | {note['steps']:,} | {minutes:.1f} | {rate:g} |")
     remarks = [
-        f"Remark on the {files[stage][0]}: {note['remark']}."
-        for stage, note in read_notes(out).items()
-        if "remark" in note
+        f"Remark on the {files[stage][0]}: {note['remark']}." for stage, note in notes.items() if "remark" in note
     ]
     return "\n".join([*lines, "", *remarks]) + "\n"
 
@@ -102,7 +126,7 @@ def best_guidance(rows: list[dict], steps: int) -> float | None:
     return min((row["fmd"], row["cfg"]) for row in found if row["n"] == most)[1]
 
 
-DATA = """\
+DIT_DATA = """\
 ## Data and recipe
 
 - Data: Fashion-MNIST (Zalando, MIT licence), 60,000 training images, 28x28 padded with black to 32x32; no
@@ -115,6 +139,24 @@ DATA = """\
   training images are folded into the 1x1 convolutions, so scaling_factor is 1.
 - Transformer: 6 blocks of width 128, patch 2; flow matching with x_t = (1 - t) x0 + t eps, logit-normal t, average of
   the weights; AdamW with warm-up and cosine decay over the time budget. fp32, two CPU cores shared with other work.
+- Build: `python -m fewstep.teachers.fashion_build --stage all`. Budgets are minutes: another machine gets other steps.
+
+"""
+
+UNET_DATA = """\
+## Data and recipe
+
+- Data: Fashion-MNIST (Zalando, MIT licence), 60,000 training images, 28x28 padded with black to 32x32; no
+  augmentation. Captions: {captions} per class from templates; with probability 0.1 the empty prompt, which is the
+  unconditional branch.
+- Text encoder and VAE (8x8x{channels} latents of unit variance, scaling_factor 1): see the card of fashion-dit.
+  Zero-shot accuracy of the text encoder {zero_shot:.2%} on the test images. This pipeline reads its last_hidden_state.
+- UNet: width 64 at 8x8, 96 with cross-attention at 4x4, one residual block per level. It predicts eps of
+  x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps on Stable Diffusion's 1,000 steps (betas "scaled_linear", 0.00085 to 0.012);
+  uniform t, squared error weighted by min(SNR, 5) / SNR, average of the weights; AdamW with warm-up and cosine decay
+  over the time budget. fp32, two CPU cores.
+- sqrt(a_999) is 0.068: as in Stable Diffusion, the last step still holds a trace of the picture, while sampling starts
+  from pure noise. The grid is "trailing", so that every number of steps starts at 999.
 - Build: `python -m fewstep.teachers.fashion_build --stage all`. Budgets are minutes: another machine gets other steps.
 
 """
@@ -132,12 +174,14 @@ def render_card(report: dict, out: Path) -> str:
 
     report: the content of teacher.json.  out: folder of the weights.
     """
-    classifier = json.loads((out / "fashion-classifier" / "card.json").read_text(encoding="utf-8"))
-    text = read_notes(out)["text"]
-    config = json.loads((out / "fashion-dit" / "transformer" / "config.json").read_text(encoding="utf-8"))
+    teacher = report["teacher"]
+    head, recipe = {"fashion-dit": (DIT_HEAD, DIT_DATA), "fashion-unet": (UNET_HEAD, UNET_DATA)}[teacher]
+    classifier = read_json(out / "fashion-classifier" / "card.json")
+    text = read_notes(out, teacher)["text"]
+    config = read_json(out / teacher / "vae" / "config.json")
     return "".join(
         (
-            HEAD.format(cfg=best_guidance(report["rows"], 50) or 1.5),
+            head.format(cfg=best_guidance(report["rows"], 50) or 1.5),
             "\n",
             METRIC.format(
                 accuracy=classifier["test_accuracy"],
@@ -148,8 +192,8 @@ def render_card(report: dict, out: Path) -> str:
             render_rows(report["rows"]),
             f"\nThe same figures with full precision and the protocol hash are in teacher.json "
             f"(`{report['protocol_hash'][:16]}`).\n\n",
-            DATA.format(captions=10, zero_shot=text["zero_shot_accuracy"], channels=config["in_channels"]),
-            render_recipe(out),
+            recipe.format(captions=10, zero_shot=text["zero_shot_accuracy"], channels=config["latent_channels"]),
+            render_recipe(out, teacher),
             LICENCE,
         )
     )

@@ -97,3 +97,42 @@ def test_covariance_of_one_vector_is_refused():
     """n - 1 = 0 would give nan."""
     with pytest.raises(ValueError, match="at least 2"):
         _ = Moments.of(features(1, 3)).cov
+
+
+def gaussians(n: int, d: int) -> tuple[Moments, Moments]:
+    """Two correlated sets with means that differ."""
+    return Moments.of(features(n, d, seed=1, offset=0.0)), Moments.of(features(n, d, seed=2, offset=0.5))
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_trace_of_the_root_is_that_of_the_unsymmetric_product(d):
+    """tr (S1 S2)^(1/2) by the eigenvalues of S1 S2 itself, the formula of torch-fidelity; needs no package."""
+    one, two = gaussians(500, d)
+    roots = torch.linalg.eigvals(one.cov @ two.cov).sqrt().real.sum()
+    expected = (one.mean - two.mean).square().sum() + one.cov.trace() + two.cov.trace() - 2 * roots
+    assert moments_distance(one, two) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_clean_fid_agrees(d):
+    """Its matrix square root, at full rank.
+
+    clean-fid passes `disp` to scipy's sqrtm, which scipy 1.18 no longer takes; `.[oracles]` keeps an older one.
+    """
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: .[oracles]")
+    scipy = pytest.importorskip("scipy")
+    if tuple(int(part) for part in scipy.__version__.split(".")[:2]) >= (1, 18):
+        pytest.skip("clean-fid calls sqrtm(disp=False), which scipy >= 1.18 refuses")
+    one, two = gaussians(500, d)
+    theirs = fid.frechet_distance(one.mean.numpy(), one.cov.numpy(), two.mean.numpy(), two.cov.numpy())
+    assert moments_distance(one, two) == pytest.approx(float(theirs), rel=1e-6)
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_torch_fidelity_agrees(d):
+    """Eigenvalues of the product S1 S2, which is not symmetric: a third way to the same number."""
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="torch-fidelity is not installed: .[oracles]")
+    one, two = gaussians(500, d)
+    stats = [{"mu": m.mean.numpy(), "sigma": m.cov.numpy()} for m in (one, two)]
+    theirs = fid.fid_statistics_to_metric(*stats, verbose=False)[fid.KEY_METRIC_FID]
+    assert moments_distance(one, two) == pytest.approx(theirs, rel=1e-6)

@@ -1,125 +1,25 @@
-"""A diffusers pipeline as a teacher does what the pipeline does.  The pipeline is tiny and untrained."""
+"""Pipelines by name, folder and hub id: what is loaded, and what is refused before it is."""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogView4Pipeline
-from torch.testing import assert_close
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import are_progress_bars_disabled
 
-from fewstep.sampling import sample_teacher
-from fewstep.teachers.fashion_build.captions import CLASS_NAMES
 from fewstep.teachers.folders import check_folder
-from fewstep.teachers.pipelines import _fashion_prompts, from_pipeline, load_teacher
-from tests.tiny_pipeline import LATENTS, build
-
-PROMPTS = ["a photo of a bag", "an ankle boot, black and white"]
-SCHEDULERS = {
-    "plain": {},
-    "shift": {"shift": 3.0},
-    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_image_seq_len": 4, "base_shift": 0.5},
-    "exponential": {"use_dynamic_shifting": True, "base_image_seq_len": 4, "base_shift": 0.5, "max_shift": 0.5},
-}
+from fewstep.teachers.pipelines import from_pipeline, load_teacher
+from tests.tiny_pipeline import LATENTS
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Pipeline folders by what their scheduler does; the same weights in all."""
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: build(root / name, **settings) for name, settings in SCHEDULERS.items()}
-
-
-@pytest.fixture(scope="module")
-def teacher(folders):
-    return load_teacher(str(folders["plain"]))
-
-
-def pipeline(folder: Path) -> CogView4Pipeline:
-    pipe = CogView4Pipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_folder_loads_as_a_teacher_of_its_shape(teacher, folders):
+def test_folder_loads_as_a_teacher_of_its_shape(teacher, folder):
     assert teacher.shape == LATENTS
-    assert teacher.folder == folders["plain"]
-    assert teacher.card.name == str(folders["plain"])
+    assert teacher.folder == folder
+    assert teacher.card.name == str(folder)
     assert (teacher.denoiser.predicts, type(teacher.denoiser.schedule).__name__) == ("flow", "RectifiedFlow")
-
-
-def test_network_is_told_times_from_0_to_1000(teacher):
-    """Fails if the network's time is t, or 0..999."""
-    assert_close(
-        teacher.denoiser.backbone.network_time(torch.tensor([0.0, 0.25, 1.0])), torch.tensor([0.0, 250.0, 1000.0])
-    )
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize(("steps", "guidance"), [(7, 2.5), (3, 1.0)])
-def test_teacher_samples_what_its_pipeline_samples(folders, scheduler, steps, guidance):
-    """Latents and images, < 1e-4.  Fails if the network is told the shifted time: its scheduler shifts the noise level
-    only (seen with "shift", "linear" and "exponential")."""
-    teacher, pipe = load_teacher(str(folders[scheduler])), pipeline(folders[scheduler])
-    ours = sample_teacher(teacher, 2, PROMPTS, 5, num_steps=steps, guidance=guidance)
-    for i, prompt in enumerate(PROMPTS):
-        made = pipe(
-            prompt,
-            generator=torch.Generator("cpu").manual_seed(5 + i),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=pipe.tokenizer.model_max_length,
-            output_type="latent",
-        ).images
-        decoded = pipe.vae.decode(made / pipe.vae.config.scaling_factor, return_dict=False)[0].detach()
-        assert_close(teacher.codec.decode(made), decoded.clamp(-1, 1), atol=1e-6, rtol=0)
-        assert_close(ours[i : i + 1], decoded.clamp(-1, 1), atol=1e-4, rtol=0)
-        assert decoded.std() > 0.05  # an image that is all one grey would equal any other
-
-
-def test_latents_are_those_of_the_pipeline(teacher, folders):
-    class Bare:
-        def decode(self, x):
-            return x
-
-    ours = sample_teacher(replace(teacher, codec=Bare()), 1, PROMPTS[:1], 3, num_steps=5, guidance=2.0)
-    made = pipeline(folders["plain"])(
-        PROMPTS[0],
-        generator=torch.Generator("cpu").manual_seed(3),
-        num_inference_steps=5,
-        guidance_scale=2.0,
-        max_sequence_length=16,
-        output_type="latent",
-    ).images
-    assert_close(ours, made, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("steps", [1, 4, 50])
-def test_grid_is_the_pipelines_whole_timesteps(teacher, steps):
-    grid = teacher.grid(steps)
-    assert grid.shape == (steps + 1,)
-    assert grid[0] == 1 and grid[-1] == 0
-    assert_close(grid * 1000, (grid * 1000).round(), atol=1e-3, rtol=0)
-
-
-def test_embedding_does_not_depend_on_batch_neighbours(folders, tmp_path):
-    """Fails if a batch is encoded in one call: the pipeline pads to its longest prompt, then again to 16 in front,
-    which are the same side with the embedded teacher's tokenizer but not with others."""
-    folder = Path(shutil.copytree(folders["plain"], tmp_path / "right"))
-    config = folder / "tokenizer" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "right"}))
-    teacher = load_teacher(str(folder))
-    together = teacher.encode([*PROMPTS, "coat", ""])
-    for i, prompt in enumerate([*PROMPTS, "coat", ""]):
-        assert torch.equal(together.tensors["text"][i : i + 1], teacher.encode([prompt]).tensors["text"])
-
-
-def test_empty_prompt_is_the_unconditional_branch(teacher):
-    found = teacher.encode(PROMPTS)
-    assert torch.equal(found.null["text"], teacher.encode([""]).tensors["text"])
-    assert not torch.equal(found.tensors["text"][0], found.null["text"][0])
 
 
 def test_loaded_weights_are_float32_and_nothing_else_is_read(teacher):
@@ -137,41 +37,87 @@ def test_name_that_is_neither_registered_nor_a_folder_nor_a_hub_id_is_refused():
         load_teacher("fashion_dti")
 
 
-def test_unknown_option_is_refused(folders):
+def test_unknown_option_is_refused(folder):
     with pytest.raises(ValueError, match="modes"):
-        load_teacher(str(folders["plain"]), modes=3)
+        load_teacher(str(folder), modes=3)
 
 
-def test_remote_code_in_a_folder_is_not_run(folders, tmp_path):
+def test_remote_code_in_a_folder_is_not_run(folder, tmp_path):
     """A pipeline class of the folder's own module.  Fails if the class's name is not checked before loading."""
-    folder = Path(shutil.copytree(folders["plain"], tmp_path / "evil"))
-    (folder / "evil.py").write_text("raise SystemExit('remote code was run')\n")
-    index = json.loads((folder / "model_index.json").read_text())
+    copy = Path(shutil.copytree(folder, tmp_path / "evil"))
+    (copy / "evil.py").write_text("raise SystemExit('remote code was run')\n")
+    index = json.loads((copy / "model_index.json").read_text())
     for change in ({"_class_name": ["evil", "Evil"]}, {"transformer": ["evil", "Evil"]}):
-        (folder / "model_index.json").write_text(json.dumps(index | change))
+        (copy / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises((ValueError, LookupError)):
-            load_teacher(str(folder))
+            load_teacher(str(copy))
 
 
 @pytest.mark.parametrize("name", ["a.bin", "transformer/b.pt", "vae/c.ckpt", "d.pth", "x/e.pkl", "f.pickle"])
-def test_pickles_are_refused_before_loading(folders, tmp_path, name):
-    folder = Path(shutil.copytree(folders["plain"], tmp_path / "teacher"))
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_bytes(b"\x80\x04.")
+def test_pickles_are_refused_before_loading(folder, tmp_path, name):
+    copy = Path(shutil.copytree(folder, tmp_path / "teacher"))
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="pickled weights"):
-        check_folder(folder)
+        check_folder(copy)
 
 
-def test_unknown_pipeline_class_names_the_known_ones(folders, tmp_path):
-    folder = Path(shutil.copytree(folders["plain"], tmp_path / "teacher"))
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+def test_unknown_pipeline_class_names_the_known_ones(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "teacher"))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     with pytest.raises(LookupError, match=r"no pipeline class named 'FluxPipeline'.*Known: CogView4Pipeline"):
-        from_pipeline(str(folder))
+        from_pipeline(str(copy))
 
 
-def test_embedded_teachers_first_prompts_are_one_of_each_class():
-    """The rows of the preview and of the demo's grid, and balanced classes for any number of images."""
-    prompts = _fashion_prompts()
-    assert prompts[:10] == tuple(f"a photo of {article}" for article, _ in CLASS_NAMES)
-    assert len(prompts) == len(set(prompts)) == 100
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A hub that holds `folder` as "some/one", by the two calls of diffusers that reach for it.  What was called."""
+    calls = []
+
+    def load_config(source, **options):
+        if source == "some/one":  # not the snapshot, which is read in the same way
+            calls.append(("index", source, options))
+        return json.loads((folder / "model_index.json").read_text())
+
+    def download(source, **options):
+        calls.append(("weights", source, options, are_progress_bars_disabled()))
+        snapshot = tmp_path / "snapshots" / COMMIT
+        return str(snapshot if snapshot.exists() else shutil.copytree(folder, snapshot))
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    return calls
+
+
+def test_hub_id_is_loaded_from_the_snapshot_of_its_revision(hub, tmp_path):
+    """Its commit is known, and its folder, so that a student can be exported into it."""
+    teacher = load_teacher("some/one", revision="main")
+    assert [call[:3] for call in hub] == [
+        ("index", "some/one", {"revision": "main"}),
+        ("weights", "some/one", {"revision": "main", "use_safetensors": True}),
+    ]
+    assert (teacher.card.name, teacher.card.revision) == ("some/one", COMMIT)
+    assert teacher.folder == tmp_path / "snapshots" / COMMIT
+    assert teacher.options == {"revision": "main"}
+
+
+def test_weights_are_fetched_under_visible_bars(hub):
+    """Fails if the download is inside `quiet`, which silences the hub's bars with transformers' own."""
+    assert diffusers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    load_teacher("some/one")
+    assert hub[-1][-1] is False
+
+
+def test_unknown_family_is_refused_before_its_weights_are_fetched(hub, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: {"_class_name": "FluxPipeline"})
+    with pytest.raises(LookupError, match="no pipeline class named 'FluxPipeline'"):
+        load_teacher("some/one")
+    assert not hub
+
+
+def test_local_folder_has_no_revision(teacher):
+    assert teacher.card.revision is None

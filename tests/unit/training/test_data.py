@@ -74,6 +74,14 @@ def test_integer_conditions_are_accepted():
     assert made.batch((0, 1)).cond.tensors["class"].dtype == torch.int64
 
 
+def test_progress_is_told_while_many_prompts_are_encoded():
+    """And they are what one call makes of them, whose rows may be padded to the longest of all."""
+    told, prompts = [], [chr(ord("a") + i) for i in range(20)]
+    made = PromptData(prompts, encode, (2, 3), 0, told.append)
+    assert told == [16, 4]
+    assert drawn(made, range(20)) == drawn(data(prompts=prompts), range(20))
+
+
 def test_digest_tells_prompts_apart():
     """Order and line ends count.  Fails with a digest of the joined text without separators."""
     digests = [data(prompts=p).digest for p in (("a", "b"), ("b", "a"), ("a", "b", "c"))]

@@ -1,0 +1,92 @@
+"""LoRA roles on shared weights: each role is a skeleton of the network around the teacher's own parameters.
+
+Switching adapters inside one network is the usual way, and a trap: gradient checkpointing recomputes a forward during
+the backward pass, when another role's adapter is active by then, and the gradient is silently wrong.  Here a role has
+modules of its own, which cost nothing, around tensors that exist once.  Nothing is ever switched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+ADAPTER = "default"
+"""peft's name for the one adapter that a skeleton carries; our files leave it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank updates of a role: W + (alpha / rank) B A, B = 0 at the start     [LoRA, arXiv:2106.09685, eq. 3]
+
+    targets: ends of the names of the layers that get one, as "to_q"; none named = every linear layer and convolution.
+    """
+
+    rank: int = 64  # DMD2 appendix F, SDXL LoRA
+    alpha: float = 8.0  # DMD2 appendix F, SDXL LoRA
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 < self.alpha < float("inf"):
+            raise ValueError(f"LoRA needs rank >= 1 and a positive finite alpha, got {self.rank} and {self.alpha}")
+
+
+def share(module: Module) -> Module:
+    """Another skeleton of the same network: new modules, hooks and adapters, the same parameters and buffers."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
+
+
+def add_lora(module: nn.Module, config: LoRA, *, seed: int = 0) -> None:
+    """Put an adapter that changes nothing yet on the module's layers, in place; its parameters are float32.
+
+    seed: of A's initial values, the same on every process.
+    Raises ValueError if no layer's name ends in one of the targets.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = [name for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    wanted = [name for name in layers if not config.targets or name.endswith(config.targets)]
+    if not wanted:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in layers if not name.rsplit(".", 1)[-1].isdigit()})
+        raise ValueError(f"no layer's name ends in {list(config.targets)}; this network has {', '.join(ends)}")
+    peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(peft_config, module, ADAPTER)
+
+
+def lora_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters, named as peft saves them; empty if there is no adapter."""
+    found = {name: p for name, p in module.named_parameters() if ".lora_" in name}
+    return {name.replace(f".{ADAPTER}.", "."): p for name, p in found.items()}
+
+
+def merged(module: nn.Module) -> dict[str, Tensor]:
+    """The state of the plain network with the adapter's update added to its weights, under the plain names."""
+    from peft.tuners.lora import Conv2d, Linear
+
+    state = {
+        name.replace(".base_layer.", "."): value for name, value in module.state_dict().items() if ".lora_" not in name
+    }
+    for name, layer in module.named_modules():
+        if isinstance(layer, Linear | Conv2d):
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
+    return state
+
+
+def load_lora(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put saved adapter weights back.  Raises ValueError if the names are not this adapter's."""
+    weights = lora_weights(module)
+    if weights.keys() != state.keys():
+        odd = sorted(weights.keys() ^ state.keys())
+        raise ValueError(f"the saved adapter has other layers than this one: {odd[0]} and {len(odd) - 1} more")
+    for name, p in weights.items():
+        p.data.copy_(state[name])

@@ -1,0 +1,71 @@
+"""Between a pipeline and what people give and get: prompts to conditions, latents to images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fewstep.types import Condition
+
+
+class PipelineEncoder:
+    """Prompts to text embeddings, one prompt at a time, each once.
+
+    encode: a prompt -> its embedding as the pipeline makes it, [1, L, D].  One at a time because CogView4Pipeline pads
+    to the longest prompt of the call: in a batch, a prompt's embedding would depend on its neighbours.
+    """
+
+    def __init__(self, encode: Callable[[str], Tensor]) -> None:
+        self._encode = encode
+        self._known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def _row(self, prompt: str) -> Tensor:
+        if prompt not in self._known:
+            self._known[prompt] = self._encode(prompt).detach()
+        return self._known[prompt]
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        """B prompts -> {"text": [B, L, D]}, and {"length": [B] int64} if they, or the empty prompt, differ in theirs.
+
+        Shorter rows are padded with zeros to the longest; the network must be given `length` tokens of them only.
+        """
+        rows, null = [self._row(p) for p in prompts], self._row("")
+        longest = max(row.shape[1] for row in [*rows, null])
+
+        def stack(rows: list[Tensor]) -> dict[str, Tensor]:
+            text = torch.cat([pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
+            return {"text": text, "length": torch.tensor([row.shape[1] for row in rows])}
+
+        tensors, empty = stack(rows), stack([null])
+        if all(row.shape[1] == longest for row in [*rows, null]):
+            del tensors["length"], empty["length"]  # telling lengths apart costs the network call a synchronisation
+        return Condition(tensors, empty)
+
+
+class VAECodec:
+    """AutoencoderKL latents to images as the pipeline decodes them: divided by the scaling factor."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae.requires_grad_(False)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> images [B, 1 or 3, H', W'] in [-1, 1]."""
+        vae = self._vae.to(x.device)
+        return vae.decode(x.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> the mean latents [B, C', H', W'] float32."""
+        vae = self._vae.to(images.device)
+        return vae.encode(images.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+    def image_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(C, H, W) in pixels of latents (C', H', W')."""
+        scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        return self._vae.config.in_channels, shape[1] * scale, shape[2] * scale

@@ -1,0 +1,61 @@
+"""What a run starts from: its device, and the prompts that it keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.training.launch import _accelerator
+from fewstep.training.options import TrainConfig
+
+OPTIONS = {"batch_size": 2, "guidance": 1.0, "train": {"device": "cpu"}}
+
+
+def distill(folder: Path, iterations: int, *, prompts: Path | None = None, **options):
+    teacher = fewstep.teachers.mixture([[1.0], [2.0]], [0.1, 0.1], classes=[0, 1], fit_steps=2)
+    file = str(prompts or folder / "mine.txt")
+    return fewstep.distill(teacher, iterations=iterations, out=folder / "run", prompts=file, **OPTIONS, **options)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """A folder with a run of one iteration on a prompt file."""
+    (tmp_path / "mine.txt").write_text("class 1\n\n class 0\n")
+    distill(tmp_path, 1)
+    return tmp_path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is cuda here")
+def test_auto_never_picks_mps(monkeypatch):
+    """Fails if the choice is left to accelerate, which takes mps where there is one."""
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda *_, **__: True)
+    assert _accelerator(TrainConfig()).device.type == "cpu"
+
+
+def test_prompts_are_copied_into_the_run(started):
+    assert (started / "run" / "prompts.txt").read_text() == "class 1\nclass 0\n"
+
+
+def test_run_goes_on_without_its_prompt_file(started):
+    (started / "mine.txt").unlink()
+    assert distill(started, 2, resume=True).progress.iteration == 2
+
+
+def test_run_does_not_go_on_with_a_changed_prompt_file(started):
+    """Fails if the copy is preferred: the user's change would be passed over in silence."""
+    (started / "mine.txt").write_text("class 0\n")
+    with pytest.raises(ValueError, match="was trained on other prompts"):
+        distill(started, 2, resume=True)
+    assert (started / "run" / "prompts.txt").read_text() == "class 1\nclass 0\n"
+
+
+def test_misspelt_prompt_file_is_no_moved_one(started):
+    with pytest.raises(FileNotFoundError, match=r"no prompt file at .*mime\.txt"):
+        distill(started, 2, prompts=started / "mime.txt", resume=True)
+
+
+def test_copy_goes_with_an_overwritten_run(started):
+    teacher = fewstep.teachers.gaussian(fit_steps=2)
+    fewstep.distill(teacher, iterations=1, out=started / "run", overwrite=True, **OPTIONS)
+    assert not (started / "run" / "prompts.txt").exists()
