@@ -45,6 +45,8 @@ def distill(
     out: str | Path | None = None,
     train: Mapping[str, Any] | None = None,
     prompts: str | None = None,
+    negative_prompt: str | None = None,
+    data: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **method_options: Any,
@@ -53,17 +55,19 @@ def distill(
 
     What is not given comes from the packaged recipe of this teacher and method, else from the defaults.
     out: the run folder, by default runs/<teacher>-<method>.  train: further training settings, nested as in the
-    configuration file.  method_options: fields of the method.  Raises ValueError or LookupError for bad values,
+    configuration file.  prompts: a text file.  data: a folder of captioned pictures, for a GAN.
+    method_options: fields of the method.  Raises ValueError or LookupError for bad values,
     Interrupted or Diverged if the run stops early.
     """
     name = teacher if isinstance(teacher, str) else teacher.card.name
     options = {} if isinstance(teacher, str) else teacher.options
     counts = {"iterations": iterations, "batch_size": batch_size, "seed": seed}
+    texts = {"prompts": prompts, "negative_prompt": negative_prompt, "data": data}
     given = {
         "teacher": {"name": name, **options},
         "method": {"name": method, **({} if num_steps is None else {"num_steps": num_steps}), **method_options},
         "train": {**{k: v for k, v in counts.items() if v is not None}, **(train or {})},
-        **({"prompts": prompts} if prompts is not None else {}),
+        **{k: v for k, v in texts.items() if v is not None},
     }
     folder = Path(out) if out is not None else default_out(name, method)
     bundle = teacher if isinstance(teacher, Teacher) else None
@@ -121,6 +125,8 @@ def untrained_student(folder: str | Path, *, teacher: Teacher | None = None, dev
         raise FileNotFoundError(f"no run at {folder}: {CONFIG} is missing; `fewstep list runs` names the runs in runs/")
     config = resolve(config=Path(folder) / CONFIG)
     teacher = teacher or load_teacher(config.teacher, **config.teacher_options)
+    if config.negative_prompt is not None:
+        teacher = teacher.against(config.negative_prompt)
     files = (Path(folder) / PROMPTS, Path(config.prompts)) if config.prompts else ()  # the run's copy first
     if found := [path for path in files if path.is_file()]:
         teacher = teacher.showing(read_prompts(found[0]))

@@ -56,6 +56,9 @@ def distill(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one prompt a line; by default the teacher's prompts.")
     ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance moves away from; by default the empty prompt.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     data: Annotated[
@@ -73,6 +76,9 @@ def distill(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
     ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="Write the figures for TensorBoard, too.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/TEACHER-METHOD.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
@@ -83,12 +89,17 @@ def distill(
     rate = None if lr is None else {"lr": lr}
     train = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "device": device}
     train |= {"precision": precision, "sharing": sharing, "gradient_checkpointing": gradient_checkpointing}
+    train["tensorboard"] = tensorboard
     lora = _given(rank=lora_rank, alpha=lora_alpha, targets=lora_targets or None) or None
     given = {
         "teacher": _given(name=teacher),
         "method": _given(name=method, num_steps=num_steps),
         "train": _given(**train, lora=lora, generator=rate, critic=rate),
-        **_given(prompts=str(prompts) if prompts else None, data=str(data) if data else None),
+        **_given(
+            prompts=str(prompts) if prompts else None,
+            negative_prompt=negative_prompt,
+            data=str(data) if data else None,
+        ),
     }
     with border():
         load_plugins(plugin)

@@ -19,9 +19,16 @@ from fewstep.registry import nearest
 from fewstep.teachers.base import TEACHERS
 from fewstep.training.options import TrainConfig
 
-SECTIONS = ("teacher", "method", "train", "prompts", "data")
+SECTIONS = ("teacher", "method", "train", "prompts", "negative_prompt", "data")
 
-MAY_CHANGE = ("iterations", "device", "log_every", "evaluate_every", "checkpoint_every", "keep")
+TEXTS = {
+    "prompts": "the path of a text file, one prompt a line",
+    "negative_prompt": "a text",
+    "data": "the path of a folder of captioned pictures",
+}
+"""Settings that are one text each."""
+
+MAY_CHANGE = ("iterations", "device", "log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
 """Fields of `train` that a resumed run may set anew; anything else would make it another run."""
 
 
@@ -31,6 +38,7 @@ class RunConfig:
 
     teacher: its name, folder or hub id.  teacher_options: arguments of its factory.  method, objective: the method's
     registered name and its checked options.  prompts: a prompt file, or None for the teacher's own prompts.
+    negative_prompt: what guidance moves away from, or None for the empty prompt.
     data: a folder of captioned pictures for methods that need real samples, or None for the teacher's own.
     recipe: the recipe file that was used, if any.
     """
@@ -41,6 +49,7 @@ class RunConfig:
     objective: Objective
     train: TrainConfig
     prompts: str | None = None
+    negative_prompt: str | None = None
     data: str | None = None
     recipe: str | None = None
 
@@ -51,6 +60,7 @@ class RunConfig:
             "method": {"name": self.method, **_plain(self.objective)},
             "train": _plain(self.train),
             "prompts": self.prompts,
+            "negative_prompt": self.negative_prompt,
             "data": self.data,
         }
 
@@ -74,11 +84,10 @@ def resolve(
     recipe = Path(config) if config is not None else recipe_of(teacher, method)
     layers = _merge(read_yaml(recipe), explicit) if recipe is not None else explicit
     _known(layers, SECTIONS, "")
-    prompts, data = layers.get("prompts"), layers.get("data")
-    if not isinstance(prompts, str | None):
-        raise ValueError(f"prompts = {prompts!r}: it must be the path of a text file, one prompt a line")
-    if not isinstance(data, str | None):
-        raise ValueError(f"data = {data!r}: it must be the path of a folder of captioned pictures")
+    texts = {name: layers.get(name) for name in TEXTS}
+    for name, value in texts.items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} = {value!r}: it must be {TEXTS[name]}")
     objective_type = METHODS.get(method)
     options = {k: v for k, v in layers.get("method", {}).items() if k != "name"}
     return RunConfig(
@@ -87,8 +96,7 @@ def resolve(
         method=method,
         objective=build(objective_type, options, "method"),
         train=build(TrainConfig, layers.get("train", {}), "train"),
-        prompts=prompts,
-        data=data,
+        **texts,
         recipe=str(recipe) if recipe is not None else None,
     )
 

@@ -66,7 +66,8 @@ def is_exact(student: Student) -> bool:
 
 def model_card(student: Student, call: dict[str, Any], run: Path, which: str = "best") -> str:
     """The exported folder's README: the exact call, which equality holds, what it was measured to be."""
-    steps, few_steps = student.sampler.num_steps, student.teacher.few_steps
+    steps, teacher, few_steps = student.sampler.num_steps, student.teacher.card, student.teacher.few_steps
+    revision = f" at revision {teacher.revision}" if teacher.revision else ""
     seeded = not _draws_noise(student) or (few_steps is not None and few_steps.seeded)
     arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
     seeding = "torch.Generator('cpu').manual_seed(seed)" if seeded else "None"
@@ -82,12 +83,12 @@ def model_card(student: Student, call: dict[str, Any], run: Path, which: str = "
     return f"""---
 library_name: diffusers
 license: other
-base_model: {student.teacher.card.name}
+base_model: {teacher.name}
 ---
-# {student.teacher.card.name}, distilled to {steps} step{"s" * (steps > 1)}
+# {teacher.name}, distilled to {steps} step{"s" * (steps > 1)}
 
-Made with fewstep {describe()["packages"]["fewstep"]} from {student.teacher.card.name}
-(licence of the teacher: {student.teacher.card.licence}).
+Made with fewstep {describe()["packages"]["fewstep"]} from {teacher.name}{revision}
+(licence of the teacher: {teacher.licence}).
 
 ```python
 import torch

@@ -47,15 +47,19 @@ def time_grid(steps: int, shift: float = 1.0, *, clean_end: bool = False) -> Ten
     return shift_time(torch.arange(steps, last - 1, -1, dtype=torch.float64) / steps, shift).float()
 
 
-def student_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0) -> Tensor:
+def student_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0, first: float = 1.0) -> Tensor:
     """The times of a student's N sampling steps on its schedule, from noise down.
 
     `time_grid`, so 1, .75, .5, .25 for N = 4, in whole thousandths, because pipelines take integer timesteps of 1000
     and the exported student shall sample at the same times. On tables (VP; EDM as DMD's table of 1000) rounded down to
     an index, so that the network sees times it was trained at: 999, 749, 499, 249     [DMD2's code]
+    first: what the first step is told in place of 1, its input being pure noise all the same.  Its x0 then follows
+    with that time's alpha: 0.4, index 399, divides an error of eps by .65 where 999 divides it by .068     [DMD2, F.4]
     Returns [N] float32, descending.  Raises ValueError if two of the times fall on one thousandth.
     """
     grid = time_grid(num_steps, shift)
+    grid[0] = first
+    _check_grid(grid, least=1)
     if not isinstance(schedule, VPTable | EDM):
         grid = ((grid.double() * 1000).round() / 1000).float()
         _check_grid(grid, least=1)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import Clamped, DiscreteUniform, Law, Shifted, guided
+from fewstep.diffusion import Clamped, DiscreteUniform, Law, RectifiedFlow, Shifted, guided
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, register_objective
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
@@ -32,6 +32,7 @@ class DMD2:
     turns: Turns = Turns(critic_per_generator=5)  # DMD2 section 4.2, ImageNet and SDXL
     stochastic: bool = True  # fresh noise between the student's steps; DMD2 section 4.4
     student_shift: float = 1.0  # flow shift of the student's time grid
+    first_time: float = 1.0  # told to the first step, whose input is noise; DMD2 F.4, SDXL in one step: 0.4
     min_index: int = 20  # re-noising of the matching term: t = i / 999, i uniform; DMD section 3.2
     max_index: int = 980
     shift: float = 1.0  # flow shift of both re-noising laws
@@ -48,7 +49,7 @@ class DMD2:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}: it counts the student's sampling steps")
         self.law(self.min_index, self.max_index)  # raises for indices that are no interval of 0..999
-        for name in ("guidance", "floor", "shift", "student_shift"):
+        for name in ("guidance", "floor", "shift", "student_shift", "first_time"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive finite number, got {value}")
@@ -56,6 +57,7 @@ class DMD2:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+        self.sampler.grid(RectifiedFlow())  # raises for steps or a first time that make no descending grid
 
     @property
     def roles(self) -> frozenset[Role]:
@@ -136,7 +138,7 @@ class DMD2:
     @property
     def sampler(self) -> StudentSampler:
         """How the student makes images."""
-        return StudentSampler(self.num_steps, self.stochastic, self.student_shift)
+        return StudentSampler(self.num_steps, self.stochastic, self.student_shift, self.first_time)
 
     def rollout(self, trio: Trio, batch: Batch, rng: Rng) -> Rollout:
         """The generator's sample by backward simulation of its own sampler."""

@@ -28,16 +28,18 @@ class StudentSampler:
     """How a student makes images, in training and afterwards.
 
     num_steps: the steps that it is trained for.  stochastic: fresh noise between steps (DMD2), or the noise that the
-    state already holds (Euler/DDIM).  shift: flow shift of the time grid.
+    state already holds (Euler/DDIM).  shift: flow shift of the time grid.  first: the time that the first step is told,
+    while its input is pure noise.
     """
 
     num_steps: int = 1
     stochastic: bool = True
     shift: float = 1.0
+    first: float = 1.0
 
     def grid(self, schedule: NoiseSchedule, num_steps: int | None = None) -> Tensor:
         """The sampling times, [num_steps] float32 descending from 1; see `diffusion.student_grid`."""
-        return student_grid(schedule, num_steps or self.num_steps, shift=self.shift)
+        return student_grid(schedule, num_steps or self.num_steps, shift=self.shift, first=self.first)
 
 
 def backward_simulation(

@@ -135,6 +135,22 @@ class Teacher:
         """This teacher with `prompts` as its own if it brings none; its own are its evaluation's and stay."""
         return self if self.prompts else replace(self, prompts=tuple(prompts))
 
+    def against(self, negative_prompt: str) -> Teacher:
+        """This teacher with a negative prompt in the place of the empty one, for guidance.
+
+        Raises ValueError if the teacher has no unconditional branch.
+        """
+        encode = self.encode
+        if not encode(self.prompts[:1] or ("",)).null:
+            raise ValueError(f"teacher {self.card.name!r} has no unconditional branch for a negative prompt to replace")
+
+        def with_negative(prompts: Sequence[str]) -> Condition:
+            # Encoded together, so that its rows are as long as the others'.
+            rows = encode([*prompts, negative_prompt]).tensors
+            return Condition({k: v[:-1] for k, v in rows.items()}, {k: v[-1:] for k, v in rows.items()})
+
+        return replace(self, encode=with_negative)
+
     def to(self, device: torch.device | str) -> Teacher:
         """Move the denoiser; encoders and codec follow on use."""
         self.denoiser.to(device)

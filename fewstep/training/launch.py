@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -27,7 +28,17 @@ from fewstep.training.trainer import Trainer
 
 CONFIG = "config.yaml"
 PROMPTS = "prompts.txt"
-OURS = (CONFIG, "environment.json", "metrics.jsonl", "checkpoints", "previews", "eval.json", "eval.csv", "eval.md")
+OURS = (
+    CONFIG,
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "previews",
+    "tensorboard",
+    "eval.json",
+    "eval.csv",
+    "eval.md",
+)
 LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp")
 """What a run writes into its folder (the latter if it is killed), and what --overwrite deletes."""
 COPY = (PROMPTS, "prompts.tmp")
@@ -49,10 +60,12 @@ def prepare(
     Raises ValueError, LookupError or OSError that names the value, what is allowed and the remedy.
     """
     console = console or Console(stderr=True)
-    _check_device(config.train)
+    _check_surroundings(config.train)
     given = _given_prompts(config, out, resume)
     start = _open_folder(config, out, resume, overwrite)
     teacher = load()
+    if config.negative_prompt is not None:
+        teacher = teacher.against(config.negative_prompt)
     prompts = given or teacher.prompts
     _check_needs(config, teacher, prompts)
     accelerator = _accelerator(config.train)
@@ -188,9 +201,11 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
         )
 
 
-def _check_device(config: TrainConfig) -> None:
+def _check_surroundings(config: TrainConfig) -> None:
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package: pip install tensorboard")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -30,6 +30,7 @@ class TrainConfig:
     generator: OptimConfig = OptimConfig()
     critic: OptimConfig = OptimConfig()
     ema: float = 0.0  # decay of the averaged student, 0 = none; DMD2 uses none
+    tensorboard: bool = False  # beside metrics.jsonl, into <out>/tensorboard
     log_every: int = 20
     evaluate_every: int = 200
     checkpoint_every: int = 200

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,11 +18,19 @@ class Tracker:
     """Appends rows to <out>/metrics.jsonl and shows progress.
 
     Rows after the resumed iteration are dropped first, by the main process, so that a resumed run's file is that of an
-    unbroken one.
+    unbroken one.  tensorboard: write the figures for TensorBoard too, into <out>/tensorboard.
     """
 
     def __init__(
-        self, out: Path, *, total: int, start: int, console: Console, seconds: float = 0.0, main: bool = True
+        self,
+        out: Path,
+        *,
+        total: int,
+        start: int,
+        console: Console,
+        seconds: float = 0.0,
+        main: bool = True,
+        tensorboard: bool = False,
     ) -> None:
         self.path = out / "metrics.jsonl"
         self._console = console
@@ -30,8 +39,14 @@ class Tracker:
         self._began = time.monotonic()
         self._earlier = seconds
         self._progress: Progress | None = None
+        self._board: Any = None
         if main:
             self._truncate(start)
+        if main and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step: what a killed run wrote after the checkpoint is hidden, as metrics.jsonl drops it.
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
     @property
     def seconds(self) -> float:
@@ -58,6 +73,8 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
+        if self._board is not None:
+            self._board.close()
 
     def advance(self, iteration: int) -> None:
         """`iteration` iterations are done."""
@@ -69,6 +86,9 @@ class Tracker:
         record = {"iteration": iteration, "seconds": round(self.seconds, 3), **row}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, iteration)
         if images is not None:
             self._show(iteration, row, images)
 
@@ -80,7 +100,7 @@ class Tracker:
         elapsed = max(time.monotonic() - self._began, 1e-9)
         rate = (iteration - self._start) / elapsed
         speed = images / max(iteration, 1) * rate
-        losses = "  ".join(f"{k} {row[k]:.4g}" for k in ("dm", "critic", "x/std") if k in row)
+        losses = "  ".join(f"{k} {row[k]:.4g}" for k in ("dm", "critic", "gan", "x/std") if k in row)
         note = f"{speed:.0f} images/s  {losses}"
         if self._progress is not None:
             self._progress.update(self._task, note=note)

@@ -85,7 +85,15 @@ class Trainer:
         start, total = self.progress.iteration, self.config.iterations
         main = self.accelerator.is_main_process
         console = self.console if main else Console(quiet=True)
-        tracker = Tracker(self.out, total=total, start=start, console=console, seconds=self.progress.seconds, main=main)
+        tracker = Tracker(
+            self.out,
+            total=total,
+            start=start,
+            console=console,
+            seconds=self.progress.seconds,
+            main=main,
+            tensorboard=self.config.tensorboard,
+        )
         with tracker as self.tracker, stop_signals() as caught:
             for iteration in range(start, total):
                 self.step(iteration)

@@ -10,7 +10,7 @@ OPTIM = {"lr": 2e-3, "betas": [0.0, 0.99], "weight_decay": 0.0, "schedule": "cos
 QUIET = {"evaluate_every": 10_000, "checkpoint_every": 10_000, "log_every": 1000, "device": "cpu"}
 
 
-def distilled(teacher, out, *, iterations: int, batch_size: int, num_steps: int = 1) -> Run:
+def distilled(teacher, out, *, iterations: int, batch_size: int, num_steps: int = 1, train=None, **method) -> Run:
     return fewstep.distill(
         teacher,
         "dmd2",
@@ -19,7 +19,8 @@ def distilled(teacher, out, *, iterations: int, batch_size: int, num_steps: int 
         batch_size=batch_size,
         out=out,
         guidance=1.0,
-        train={"generator": OPTIM, "critic": OPTIM, "ema": 0.98, **QUIET},
+        train={"generator": OPTIM, "critic": OPTIM, "ema": 0.98, **QUIET, **(train or {})},
+        **method,
     )
 
 
@@ -28,7 +29,32 @@ def test_one_step_recovers_a_gaussians_mean_and_covariance(schedule, run_folder)
     """On every schedule, within 5% of the teacher's spread.  Fails for a reversed sign, a wrong prior, a guided fake
     score, a mis-broadcast coefficient: each drifts or collapses."""
     teacher = fewstep.teachers.gaussian(schedule=schedule, fit_steps=100)
-    run = distilled(teacher, run_folder, iterations=600, batch_size=128)
+    assert_recovered(distilled(teacher, run_folder, iterations=600, batch_size=128))
+
+
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_the_gan_does_not_disturb_the_optimum(features, run_folder):
+    """Matching and GAN have one optimum, the data.  Fails with a flipped GAN sign or with features of the formula,
+    which has none to read."""
+    teacher = fewstep.teachers.gaussian(fit_steps=100)
+    gan = {"gan_weight": 1e-2, "gan_critic_weight": 0.1, "gan_features": "fake"}
+    if features == "teacher":
+        with pytest.raises(LookupError, match="no submodules named"):
+            distilled(teacher, run_folder, iterations=2, batch_size=8, **gan | {"gan_features": features})
+        return
+    assert_recovered(distilled(teacher, run_folder, iterations=600, batch_size=128, **gan))
+
+
+@pytest.mark.parametrize("sharing", ["lora", "lora-fake"])
+def test_adapters_recover_a_gaussian_too(sharing, run_folder):
+    """Fails if the roles move each other's weights, or the teacher's."""
+    teacher = fewstep.teachers.gaussian(fit_steps=100)
+    train = {"sharing": sharing, "lora": {"rank": 16, "alpha": 16.0}}
+    assert_recovered(distilled(teacher, run_folder, iterations=600, batch_size=128, train=train))
+
+
+def assert_recovered(run: Run) -> None:
+    """Mean and covariance of the default Gaussian within 5% of its spread."""
     x = run.student.sample(20_000, seed=5, batch_size=20_000).double()
     cov = torch.cov(x.T)
     assert x.mean(0).tolist() == pytest.approx([1.5, -0.5], abs=0.05 * 0.5)

@@ -159,6 +159,14 @@ def test_card_quotes_figures_of_this_checkpoint_only(runs, tmp_path):
         assert ("not measured yet: `fewstep eval RUN --which last`" in card) is not quoted
 
 
+def test_card_names_the_teachers_revision(runs):
+    run = runs["one-step"]
+    card = replace(run.teacher.card, name="some/one", revision="0123abc")
+    hub = replace(run.student, teacher=replace(run.teacher, card=card))
+    assert "from some/one at revision 0123abc\n" in model_card(hub, {}, run.out)
+    assert "revision" not in model_card(run.student, {}, run.out)
+
+
 def test_exported_weights_are_safetensors(exported):
     names = {p.suffix for p in exported["one-step"].rglob("*") if p.is_file()} - {".pt"}
     assert ".safetensors" in names

@@ -127,3 +127,30 @@ def test_a_second_rollout_in_one_turn_needs_streams_of_its_own():
     backward_simulation(generator, batch, rng, StudentSampler(1), stream="second")
     first, second = (seen[0] for seen in (generator.backbone.seen[0], generator.backbone.seen[-1]))
     assert not torch.equal(first, second)
+
+
+def test_the_first_step_may_be_told_an_earlier_time():
+    """SDXL in one step: index 399, unit noise, x0 = (z - s_399 eps) / a_399.  Fails if z is scaled to that level."""
+    schedule = VPTable.scaled_linear()
+    assert (StudentSampler(1, first=0.4).grid(schedule) * 999).round().tolist() == [399]
+    assert (StudentSampler(4, first=0.9).grid(schedule) * 999).round().tolist() == [899, 749, 499, 249]
+    assert StudentSampler(1, first=0.4).grid(RectifiedFlow()).tolist() == pytest.approx([0.4])
+    with pytest.raises(ValueError, match="strictly descending"):
+        StudentSampler(4, first=0.7).grid(schedule)
+
+    class Eps(Recorder):
+        def forward(self, x, network_time, cond):
+            super().forward(x, network_time, cond)
+            return self.q * x
+
+    generator = Denoiser(Eps(0.5), schedule, "eps")
+    ids = (0, 1)
+    made = backward_simulation(
+        generator, Batch(Condition(), (5,), ids), Rng(0, 0, "generator", ids), StudentSampler(1, first=0.4)
+    )
+    z, told, _ = generator.backbone.seen[0]
+    assert torch.equal(z, Rng(0, 0, "generator", ids).randn("rollout.noise", (5,)))
+    c = schedule.at(torch.tensor([399 / 999]))
+    assert_close(told, torch.full((2,), 399 / 999))
+    assert_close(made.x.detach(), (z - c.sigma * 0.5 * z) / c.alpha, rtol=1e-5, atol=1e-6)
+    assert c.alpha.item() == pytest.approx(0.653, abs=1e-3)

@@ -91,3 +91,19 @@ def test_messages_are_printed_as_they_are(tmp_path: Path):
 @pytest.mark.parametrize(("seconds", "text"), [(0.9, "0:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_clock(seconds: float, text: str):
     assert tracking._clock(seconds) == text
+
+
+def test_tensorboard_gets_the_same_figures_and_hides_what_a_kill_left(tmp_path: Path):
+    """Fails without purge_step: the rows after the checkpoint would be drawn twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, iterations in ((0, (10, 20, 30)), (20, (30, 40))):
+        made, _ = tracker(tmp_path, start=start, tensorboard=True)
+        with made:
+            for iteration in iterations:
+                made.log(iteration, {"dm": iteration + start / 100})
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    seen = [(event.step, round(event.value, 3)) for event in board.Scalars("dm")]
+    assert seen == [(10, 10.0), (20, 20.0), (30, 30.2), (40, 40.2)]
+    assert [row["dm"] for row in rows(tmp_path)] == [10.0, 20.0, 30.2, 40.2]
