@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from torch import Tensor
 
 from fewstep.config import RunConfig, resolve
 from fewstep.environment import device_of
@@ -90,6 +91,7 @@ def run(
 
     trainer, loaded = prepare(config, out, load, resume=resume, overwrite=overwrite, console=console)
     progress = trainer.run()
+    del trainer  # the student needs the room of optimisers and critic
     return Run(out, config, loaded, load_student(out, teacher=loaded, device=config.train.device), progress)
 
 
@@ -114,7 +116,9 @@ def load_student(
     best = saved.state["progress"]["best"]
     if which == "best" and best is not None and best["iteration"] != saved.state["progress"]["iteration"]:
         saved = checkpoint.read(checkpoint.folder_of(folder, int(best["iteration"])), only="ema")
-    student.denoiser.load(saved.tensors["ema"])
+    if saved.state["teacher"] != checkpoint.fingerprint(student.teacher.denoiser):
+        raise ValueError(f"{folder} was distilled from other weights than those of {student.teacher.card.name!r} now")
+    student.denoiser.load(_merged(student, folder, saved.tensors["ema"]))
     return replace(student, iteration=saved.state["progress"]["iteration"])
 
 
@@ -130,9 +134,18 @@ def untrained_student(folder: str | Path, *, teacher: Teacher | None = None, dev
     files = (Path(folder) / PROMPTS, Path(config.prompts)) if config.prompts else ()  # the run's copy first
     if found := [path for path in files if path.is_file()]:
         teacher = teacher.showing(read_prompts(found[0]))
-    sharing, lora = config.train.sharing, config.train.lora
-    denoiser = Trio.build(teacher.denoiser, frozenset(), sharing=sharing, lora=lora, init=teacher.student).generator
+    denoiser = Trio.build(teacher.denoiser, frozenset(), init=teacher.student).generator
     return Student(denoiser.to(place).eval().requires_grad_(False), teacher, config.objective.sampler)
+
+
+def _merged(student: Student, folder: Path, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The student's full weights from what its run saved of it: all of them, or an adapter to the teacher's."""
+    train = resolve(config=folder / CONFIG).train
+    if train.sharing != "lora":
+        return state
+    adapted = Trio.build(student.denoiser, frozenset(), sharing="lora", lora=train.lora).generator
+    adapted.load(state)
+    return {name: value.clone() for name, value in adapted.plain_state().items()}
 
 
 def default_out(teacher: str, method: str) -> Path:

@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fewstep import flags
+
 app = typer.Typer(
     name="fewstep",
     help="Turn a slow diffusion model into a 1-8 step generator.",
@@ -28,78 +30,45 @@ app = typer.Typer(
 console = Console(stderr=True)
 output = Console()
 
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as method.guidance=2. Repeatable.")
-]
-Plugin = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", metavar="FILE", help="Python file that registers methods or teachers. Repeatable."),
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")]
-BatchSize = Annotated[int, typer.Option(help="Images made at a time; what an image is made of does not depend on it.")]
-Which = Annotated[str, typer.Option(help="Checkpoint: best (by the running figure) or last.")]
-
 
 @app.command()
 def distill(
-    teacher: Annotated[str | None, typer.Option(help="Registered name, local diffusers folder or hub id.")] = None,
-    method: Annotated[str | None, typer.Option(help="Distillation method; see `fewstep list methods`.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Recipe, or a run's config.yaml; by default the packaged recipe.")
-    ] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Sampling steps of the student.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Trainer iterations.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Global batch of one optimiser step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of generator and critic.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line; by default the teacher's prompts.")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance moves away from; by default the empty prompt.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of captioned pictures for the GAN; by default the teacher's own.")
-    ] = None,
-    sharing: Annotated[
-        str | None, typer.Option(help="How the trio holds its weights: copies, lora or lora-fake.")
-    ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters of lora and lora-fake.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Their scale is alpha / rank.")] = None,
-    lora_targets: Annotated[
-        list[str] | None,
-        typer.Option(help="End of the names of the layers that get one, as to_q; repeatable. By default all."),
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
-    ] = None,
-    tensorboard: Annotated[
-        bool | None, typer.Option("--tensorboard", help="Write the figures for TensorBoard, too.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/TEACHER-METHOD.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
-    sets: Sets = None,
-    plugin: Plugin = None,
+    teacher: flags.Teacher = None,
+    method: flags.Method = None,
+    config: flags.Config = None,
+    num_steps: flags.NumSteps = None,
+    iterations: flags.Iterations = None,
+    batch_size: flags.GlobalBatch = None,
+    lr: flags.Rate = None,
+    seed: flags.Seed = None,
+    prompts: flags.Prompts = None,
+    negative_prompt: flags.NegativePrompt = None,
+    data: flags.Data = None,
+    device: flags.TrainDevice = None,
+    precision: flags.Precision = None,
+    sharing: flags.Sharing = None,
+    lora_rank: flags.LoraRank = None,
+    lora_alpha: flags.LoraAlpha = None,
+    lora_targets: flags.LoraTargets = None,
+    gradient_checkpointing: flags.Checkpointing = None,
+    tensorboard: flags.TensorBoard = None,
+    out: flags.Out = None,
+    resume: flags.Resume = False,
+    overwrite: flags.Overwrite = False,
+    sets: flags.Sets = None,
+    plugin: flags.Plugin = None,
 ) -> None:
     """Distil a teacher into a few-step student."""
     rate = None if lr is None else {"lr": lr}
     train = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "device": device}
     train |= {"precision": precision, "sharing": sharing, "gradient_checkpointing": gradient_checkpointing}
-    train["tensorboard"] = tensorboard
     lora = _given(rank=lora_rank, alpha=lora_alpha, targets=lora_targets or None) or None
+    paths = {name: str(path) for name, path in (("prompts", prompts), ("data", data)) if path}
     given = {
         "teacher": _given(name=teacher),
         "method": _given(name=method, num_steps=num_steps),
-        "train": _given(**train, lora=lora, generator=rate, critic=rate),
-        **_given(
-            prompts=str(prompts) if prompts else None,
-            negative_prompt=negative_prompt,
-            data=str(data) if data else None,
-        ),
+        "train": _given(**train, tensorboard=tensorboard, lora=lora, generator=rate, critic=rate),
+        **_given(**paths, negative_prompt=negative_prompt),
     }
     with border():
         load_plugins(plugin)
@@ -109,11 +78,8 @@ def distill(
 
         resolved = resolve(config=config, given=given, sets=sets or ())
         folder = out or api.default_out(resolved.teacher, resolved.method)
-        say(
-            f"recipe {resolved.recipe}"
-            if resolved.recipe
-            else "no recipe for this teacher and method: running on untuned defaults"
-        )
+        untuned = "no recipe for this teacher and method: running on untuned defaults"
+        say(f"recipe {resolved.recipe}" if resolved.recipe else untuned)
 
         def load() -> Any:
             return api.load_teacher(resolved.teacher, **resolved.teacher_options)
@@ -125,16 +91,16 @@ def distill(
 
 @app.command()
 def sample(
-    run: RunFolder,
+    run: flags.RunFolder,
     n: Annotated[int, typer.Option("--n", "-n", help="Number of images.")] = 16,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. By default the teacher's.")] = None,
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
     num_steps: Annotated[int | None, typer.Option(help="Sampling steps; by default those trained for.")] = None,
     out: Annotated[Path | None, typer.Option(help="PNG to write; by default RUN/samples.png.")] = None,
-    which: Which = "best",
-    device: Device = "auto",
-    batch_size: BatchSize = 250,
-    plugin: Plugin = None,
+    which: flags.Which = "best",
+    device: flags.Device = "auto",
+    batch_size: flags.BatchSize = 250,
+    plugin: flags.Plugin = None,
 ) -> None:
     """Make images with the student of a run and write them as one PNG."""
     with border():
@@ -152,18 +118,18 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    run: RunFolder,
+    run: flags.RunFolder,
     n: Annotated[int, typer.Option("--n", "-n", help="Samples behind each figure.")] = 10_000,
     seed: Annotated[
         int, typer.Option(help="First sampling seed; none was used in training or to choose a checkpoint.")
     ] = 50_000_000,
-    which: Which = "best",
+    which: flags.Which = "best",
     recompute_teacher: Annotated[
         bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
     ] = False,
-    device: Device = "auto",
-    batch_size: BatchSize = 250,
-    plugin: Plugin = None,
+    device: flags.Device = "auto",
+    batch_size: flags.BatchSize = 250,
+    plugin: flags.Plugin = None,
 ) -> None:
     """Measure teacher, untrained student and student; write eval.md, eval.csv and eval.json into the run folder."""
     with border():
@@ -185,10 +151,10 @@ def evaluate(
 
 @app.command()
 def export(
-    run: RunFolder,
+    run: flags.RunFolder,
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
-    which: Which = "best",
-    plugin: Plugin = None,
+    which: flags.Which = "best",
+    plugin: flags.Plugin = None,
 ) -> None:
     """Write the student as a diffusers pipeline folder with its few-step scheduler and a model card."""
     with border():
@@ -206,7 +172,7 @@ def show(
         typer.Argument(metavar="teachers|methods|runs|NAME", help="What to list, or a method's name for its settings."),
     ] = "methods",
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    plugin: Plugin = None,
+    plugin: flags.Plugin = None,
 ) -> None:
     """List teachers, methods or runs; with a method's name, its settings, defaults and their sources."""
     with border():

@@ -45,7 +45,7 @@ def write_pipeline(student: Student, source: Path, few_steps: FewSteps, to: Path
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
-    getattr(pipe, few_steps.part).load_state_dict(student.denoiser.backbone.module.state_dict())
+    getattr(pipe, few_steps.part).load_state_dict(student.denoiser.plain_state())
     levels = student.sampler.grid(student.denoiser.schedule)
     told = student.denoiser.backbone.network_time(levels)
     call = few_steps.set_up(pipe, levels, told, _draws_noise(student))

@@ -8,6 +8,7 @@ modules of its own, which cost nothing, around tensors that exist once.  Nothing
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -47,15 +48,16 @@ def add_lora(module: nn.Module, config: LoRA, *, seed: int = 0) -> None:
     """Put an adapter that changes nothing yet on the module's layers, in place; its parameters are float32.
 
     seed: of A's initial values, the same on every process.
-    Raises ValueError if no layer's name ends in one of the targets.
+    Raises ValueError if a target is the end of no layer's name.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = [name for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     wanted = [name for name in layers if not config.targets or name.endswith(config.targets)]
-    if not wanted:
-        ends = sorted({name.rsplit(".", 1)[-1] for name in layers if not name.rsplit(".", 1)[-1].isdigit()})
-        raise ValueError(f"no layer's name ends in {list(config.targets)}; this network has {', '.join(ends)}")
+    idle = [end for end in config.targets if not any(name.endswith(end) for name in layers)]
+    if idle:
+        ends = sorted({re.sub(r"^.*?([^.]*[a-z][^.]*(\.\d+)?)$", r"\1", name) for name in layers})
+        raise ValueError(f"no layer's name ends in {idle}; this network has {', '.join(ends)}")
     peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,15 +80,17 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in module.named_modules():
         if isinstance(layer, Linear | Conv2d):
             weight = state[f"{name}.weight"]
-            state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
+            summed = weight.float() + layer.get_delta_weight(ADAPTER).float()
+            state[f"{name}.weight"] = summed.to(weight.dtype)
     return state
 
 
 def load_lora(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put saved adapter weights back.  Raises ValueError if the names are not this adapter's."""
+    """Put saved adapter weights back.  Raises ValueError if names or shapes are not this adapter's."""
     weights = lora_weights(module)
-    if weights.keys() != state.keys():
-        odd = sorted(weights.keys() ^ state.keys())
-        raise ValueError(f"the saved adapter has other layers than this one: {odd[0]} and {len(odd) - 1} more")
+    mine, theirs = ({name: tuple(p.shape) for name, p in group.items()} for group in (weights, state))
+    if mine != theirs:
+        odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        raise ValueError(f"the saved adapter has other layers or ranks than this one: {odd[0]} and {len(odd) - 1} more")
     for name, p in weights.items():
         p.data.copy_(state[name])

@@ -77,13 +77,17 @@ class Trio:
             if network is not None:
                 network.backbone.checkpoint_activations()
 
-    def add_head(self, batch: Batch, taps: Sequence[str] = (), *, seed: int = 0) -> None:
-        """Give it a GAN head on the named modules' outputs, by default those that the network family names.
+    def add_head(self, network: Denoiser, batch: Batch, taps: Sequence[str] = (), *, seed: int = 0) -> None:
+        """Give it a GAN head on the outputs of named modules of `network`, by default those that its family names.
 
         batch: any one; its first sample's condition probes the features' shapes.  Raises ValueError if no module is
         named, LookupError for names that the network does not have.
         """
-        network = self.fake_score or self.real_score
+        if "length" in batch.cond.tensors:
+            raise ValueError(
+                "a GAN cannot read this network's features for prompts of different padded lengths, which take one "
+                "call each; give prompts of one padded length, or --set method.gan_weight=0"
+            )
         names = tuple(taps) or network.backbone.taps
         if not names:
             raise ValueError(
@@ -117,10 +121,15 @@ class Trio:
                 "fake_score and head"
             )
         start = init() if init is not None else real_score
-        real_score = real_score.eval().requires_grad_(False)
+        # A skeleton of its own: what the trainer does to it (autocast, modes) must not outlive the run in the teacher.
+        real_score = share(real_score).eval().requires_grad_(False)
 
         def full() -> Denoiser:
-            return copy.deepcopy(start).train()
+            role = copy.deepcopy(start).train()
+            for p in role.parameters():
+                if p.dtype.itemsize < 4:  # AdamW's steps are below the last bit of bf16 weights
+                    p.data = p.data.float()
+            return role
 
         def adapted() -> Denoiser:
             role = share(start).requires_grad_(False).train()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion import Clamped, DiscreteUniform, Law, RectifiedFlow, Shifted, guided
+from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, register_objective
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
@@ -41,7 +42,9 @@ class DMD2:
     gan_critic_weight: float = 1e-2  # of the discriminator's loss; DMD2 appendix F
     gan_features: Literal["fake", "teacher"] = "fake"  # whose features the head reads; DMD2: the fake score's
     gan_taps: tuple[str, ...] = ()  # modules whose outputs those are; none = the network family's own
-    gan_start: int = 0  # iteration from which on the GAN takes part; the paper adds it to a converged run
+    gan_start: int = (
+        0  # iteration of the critic's first GAN loss, the generator follows; late, on a converged run: DMD2
+    )
     r1_weight: float = 0.0  # approximate R1, 0 = none, as in DMD2
     r1_sigma: float = 0.1  # its perturbation; FastGen
 
@@ -49,7 +52,7 @@ class DMD2:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}: it counts the student's sampling steps")
         self.law(self.min_index, self.max_index)  # raises for indices that are no interval of 0..999
-        for name in ("guidance", "floor", "shift", "student_shift", "first_time"):
+        for name in ("guidance", "floor", "shift", "student_shift", "first_time", "r1_sigma"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive finite number, got {value}")
@@ -57,6 +60,12 @@ class DMD2:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+        if self.gan_weight and not self.gan_critic_weight:
+            raise ValueError(
+                "gan_weight > 0 needs gan_critic_weight > 0: the generator would be judged by a random head"
+            )
+        if self.r1_weight and not self.gan_weight:
+            raise ValueError("r1_weight > 0 regularises the GAN's head; give gan_weight > 0 too")
         self.sampler.grid(RectifiedFlow())  # raises for steps or a first time that make no descending grid
 
     @property
@@ -80,7 +89,7 @@ class DMD2:
         total, weight = distribution_matching(x, real, fake, floor=self.floor)
         gap = (fake - real).square().mean().sqrt()
         metrics = {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **_moments(x)}
-        if self.adversarial(rng):
+        if self.adversarial(rng) and rng.iteration > self.gan_start:  # by then the head has moved once
             loss = gan_generator(self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan")))
             total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
         return Loss(total, metrics)
@@ -123,9 +132,12 @@ class DMD2:
 
     def logits(self, trio: Trio, x: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> Tensor:
         """The discriminator's logits [B, K] of clean samples x, re-noised by eps to t."""
-        network = trio.critic() if self.gan_features == "fake" else trio.real_score
-        head = trio.discriminator()
+        network, head = self.features(trio), trio.discriminator()
         return head(network(network.schedule.add_noise(x, eps, t), t, cond, taps=head.taps).taps)
+
+    def features(self, trio: Trio) -> Denoiser:
+        """The network whose features the head reads."""
+        return trio.critic() if self.gan_features == "fake" else trio.real_score
 
     def noise(self, x: Tensor, rng: Rng, stream: str) -> tuple[Tensor, Tensor]:
         """Where and how the GAN re-noises x: t over the whole range [B], eps of x's shape."""

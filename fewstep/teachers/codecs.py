@@ -47,6 +47,10 @@ class PipelineEncoder:
         return Condition(tensors, empty)
 
 
+PIXELS = 2**18
+"""Pixels decoded at a time: one picture of 512x512, 256 of 32x32."""
+
+
 class VAECodec:
     """AutoencoderKL latents to images as the pipeline decodes them: divided by the scaling factor."""
 
@@ -57,7 +61,10 @@ class VAECodec:
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> images [B, 1 or 3, H', W'] in [-1, 1]."""
         vae = self._vae.to(x.device)
-        return vae.decode(x.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+        _, height, width = self.image_shape(tuple(x.shape[1:]))
+        # A picture takes about a kilobyte of activations per pixel: some at a time.
+        parts = (x.to(vae.dtype) / vae.config.scaling_factor).split(max(1, PIXELS // (height * width)))
+        return torch.cat([vae.decode(part, return_dict=False)[0].clamp(-1, 1) for part in parts])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

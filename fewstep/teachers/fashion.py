@@ -56,7 +56,7 @@ def fashion_prompts() -> tuple[str, ...]:
 
 
 def fashion_reals() -> Reals:
-    """10,000 training images as latents of the teachers' VAE; image i's caption is template i mod 10 of its class."""
+    """10,000 training images as latents of the teachers' VAE; number i's caption is template i mod 10 of its class."""
     from safetensors.torch import load_file
 
     from fewstep.teachers.fashion_build.captions import TEMPLATES, captions_of

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger("fewstep")
 
@@ -71,6 +71,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary)
     _flush(temporary)
     os.replace(temporary, path)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Tells weights apart by at most 256 values of each tensor: enough for any training or re-saving, and cheap."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        some = value.detach().flatten()[:: max(1, value.numel() // 256)].cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read(folder: Path, *, only: str | None = None) -> Checkpoint:

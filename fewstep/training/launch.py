@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
@@ -62,6 +63,8 @@ def prepare(
     console = console or Console(stderr=True)
     _check_surroundings(config.train)
     given = _given_prompts(config, out, resume)
+    if config.data is not None:
+        captioned_pictures(Path(config.data))
     start = _open_folder(config, out, resume, overwrite)
     teacher = load()
     if config.negative_prompt is not None:
@@ -70,22 +73,11 @@ def prepare(
     _check_needs(config, teacher, prompts)
     accelerator = _accelerator(config.train)
     console = console if accelerator.is_main_process else Console(quiet=True)
-    train, method = config.train, config.objective
-    trio = Trio.build(
-        teacher.denoiser,
-        method.roles,
-        sharing=train.sharing,
-        lora=train.lora,
-        init=teacher.student,
-        seed=key(train.seed, "lora"),
-    )
-    reals = _real_data(config, teacher, console) if "latents" in method.needs else None
+    teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
+    reals = _real_data(config, teacher, console) if "latents" in config.objective.needs else None
     with bar("encoding prompts", len(prompts), console) as done:
-        data = PromptData(prompts, teacher.encode, teacher.shape, train.seed, done, reals)
-    if "head" in method.roles:
-        trio.add_head(data.batch((0,)), getattr(method, "gan_taps", ()), seed=key(train.seed, "head"))
-    if train.gradient_checkpointing:
-        trio.checkpoint_activations()
+        data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed, done, reals)
+    trio = _trio(config, teacher, data)
     monitor = Preview(teacher.showing(prompts), out, config.objective.sampler, console=console)
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
@@ -104,6 +96,21 @@ def prepare(
             checkpoint.write_text(out / PROMPTS, "\n".join(given) + "\n")
         checkpoint.write_text(out / "environment.json", json.dumps(describe(), indent=1))
     return trainer, teacher
+
+
+def _trio(config: RunConfig, teacher: Teacher, data: PromptData) -> Trio:
+    """The networks that the method asks for, on the teacher's device."""
+    train, method = config.train, config.objective
+    seed = key(train.seed, "lora")
+    trio = Trio.build(
+        teacher.denoiser, method.roles, sharing=train.sharing, lora=train.lora, init=teacher.student, seed=seed
+    )
+    if "head" in method.roles:
+        network = method.features(trio)  # type: ignore[attr-defined]
+        trio.add_head(network, data.batch((0,)), getattr(method, "gan_taps", ()), seed=key(train.seed, "head"))
+    if train.gradient_checkpointing:
+        trio.checkpoint_activations()
+    return trio
 
 
 def _real_data(config: RunConfig, teacher: Teacher, console: Console) -> RealData:
@@ -191,8 +198,6 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
             f"{teacher.card.name!r} brings none; give --data FOLDER with captioned pictures, or --set "
             "method.gan_weight=0"
         )
-    if config.data is not None:
-        captioned_pictures(Path(config.data))  # raises before any work is done
     guidance = config.to_dict()["method"].get("guidance", 1.0)  # a method may have none
     if guidance != 1 and not teacher.encode(prompts[:1]).null:
         raise ValueError(
@@ -213,4 +218,5 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "no" if config.precision == "fp32" else config.precision
     # Left to itself, accelerate takes mps or whatever else it finds.
-    return Accelerator(cpu=device_of(config.device).type == "cpu", mixed_precision=precision)
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while the main process evaluates
+    return Accelerator(cpu=device_of(config.device).type == "cpu", mixed_precision=precision, kwargs_handlers=[patient])

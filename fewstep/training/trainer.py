@@ -16,11 +16,10 @@ from fewstep.models.ema import EMA
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Objective
 from fewstep.rng import Rng, key
-from fewstep.training import checkpoint
+from fewstep.training import checkpoint, parallel
 from fewstep.training.data import PromptData
 from fewstep.training.optim import build_optimizer, learning_rate
 from fewstep.training.options import TrainConfig
-from fewstep.training.parallel import average_gradients
 from fewstep.training.progress import PATIENCE, Diverged, Interrupted, Progress
 from fewstep.training.signals import stop_signals
 from fewstep.training.tracking import Tracker
@@ -61,17 +60,13 @@ class Trainer:
                 f"batch_size {config.batch_size} is not a multiple of accumulate x processes = "
                 f"{config.accumulate} x {ranks}"
             )
-        if accelerator.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"accelerate is set to {accelerator.gradient_accumulation_steps} gradient accumulation steps; leave "
-                "that at 1 and use train.accumulate, which counts micro-batches of batch_size"
-            )
         self.config, self.trio, self.objective, self.data = config, trio, objective, data
         self.out, self.accelerator, self.monitor = out, accelerator, monitor
         self.console = console or Console(stderr=True)
         self.progress = Progress()
         self.ema = EMA(trio.generator, config.ema)
         self._sums: dict[str, list[Tensor]] = {}
+        self._teacher = checkpoint.fingerprint(trio.real_score)
         self._prepare()
 
     # -- one run ------------------------------------------------------------------------------------------------
@@ -85,15 +80,8 @@ class Trainer:
         start, total = self.progress.iteration, self.config.iterations
         main = self.accelerator.is_main_process
         console = self.console if main else Console(quiet=True)
-        tracker = Tracker(
-            self.out,
-            total=total,
-            start=start,
-            console=console,
-            seconds=self.progress.seconds,
-            main=main,
-            tensorboard=self.config.tensorboard,
-        )
+        more = {"seconds": self.progress.seconds, "tensorboard": self.config.tensorboard, "main": main}
+        tracker = Tracker(self.out, total=total, start=start, console=console, **more)
         with tracker as self.tracker, stop_signals() as caught:
             for iteration in range(start, total):
                 self.step(iteration)
@@ -137,7 +125,7 @@ class Trainer:
         The norm is the step's only synchronisation.
         """
         weights = self.trio.weights(turn)
-        average_gradients(weights, self.accelerator)
+        parallel.average_gradients(weights, self.accelerator)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(weights, clip)
@@ -179,18 +167,11 @@ class Trainer:
         for network in (self.trio.real_score, self.ema.denoiser, *trained):
             network.to(self.accelerator.device)
         for network in (self.trio.real_score, *trained):
-            module = network.backbone.module if isinstance(network, Denoiser) else network
-            # evaluation_mode: autocast, but no parallel wrapper; see training/parallel.py.
-            if self.accelerator.prepare_model(module, evaluation_mode=True) is not module:
-                raise ValueError(
-                    "accelerate wraps networks here (torch.compile or a sharding plugin), which this version cannot "
-                    "train with; use a plain `accelerate config`: several processes and mixed precision work"
-                )
+            parallel.prepare(network.backbone.module if isinstance(network, Denoiser) else network, self.accelerator)
         self.optimizers = {
-            turn: self.accelerator.prepare_optimizer(
-                build_optimizer(self.trio.weights(turn), getattr(self.config, turn))
-            )
-            for turn in self.players
+            turn: self.accelerator.prepare_optimizer(build_optimizer(self.trio.weights(turn), config))
+            for turn, config in (("generator", self.config.generator), ("critic", self.config.critic))
+            if turn in self.players
         }
         turns = [self.objective.turns.at(i) for i in range(self.config.iterations)]
         self._planned = {turn: sum(turn in now for now in turns) for turn in self.players}
@@ -205,19 +186,17 @@ class Trainer:
         end = done == self.config.iterations
         if done % self.config.log_every == 0 or end:
             self._log(done)
+        self.progress.seconds = self.tracker.seconds
         improved = (done % self.config.evaluate_every == 0 or end) and self._evaluate(done)
         self.progress.seconds = self.tracker.seconds
         return self.save() if improved or end or done % self.config.checkpoint_every == 0 else None
 
     def _agree(self, value: int) -> int:
-        """The largest of all processes' values: what one must do (save, stop), all do at the same iteration."""
-        if self.accelerator.num_processes == 1:
-            return value
-        mine = torch.tensor([value], device=self.accelerator.device)
-        return int(torch.as_tensor(self.accelerator.gather(mine)).max())
+        """What one process must do (save, stop), all do at the same iteration."""
+        return parallel.largest(value, self.accelerator)
 
     def _log(self, done: int) -> None:
-        means = {name: self._over_processes(torch.stack(values).mean()) for name, values in self._sums.items()}
+        means = {k: parallel.mean(torch.stack(v).mean(), self.accelerator) for k, v in self._sums.items()}
         self._sums = {}
         row: dict[str, float | int] = {name: float(value) for name, value in sorted(means.items())}
         row |= {"generator_updates": self.progress.updates["generator"], "skipped": self.progress.skipped}
@@ -227,19 +206,16 @@ class Trainer:
     def _evaluate(self, done: int) -> bool:
         """Judge the averaged student on the main process; True on all if it is the best so far.
 
-        An error ends all processes: the others would wait for the main one for ever.
+        An error ends all processes, after a checkpoint: the others would wait for the main one for ever.
         """
-        error: Exception | None = None
-        improved = False
+        improved, failed = False, True
         try:
-            improved = self._judge(done)
-        except Exception as caught:
-            error = caught
-        failed = self._agree(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise RuntimeError("the evaluation failed on the main process")
+            improved, failed = self._judge(done), False
+        finally:  # an error goes on once all processes know
+            if self._agree(failed):
+                self.save()
+                if not failed:
+                    raise RuntimeError("the evaluation failed on the main process")
         return bool(self._agree(improved))
 
     def _judge(self, done: int) -> bool:
@@ -254,11 +230,6 @@ class Trainer:
             self.progress.best = {"iteration": done, "rank": rank}
         return improved
 
-    def _over_processes(self, value: Tensor) -> Tensor:
-        mean = self.accelerator.reduce(value, "mean")
-        assert isinstance(mean, Tensor)
-        return mean
-
     def _collect(self, metrics: Any) -> None:
         for name, value in metrics.items():
             self._sums.setdefault(name, []).append(value.detach().float())
@@ -268,7 +239,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the present iteration, then delete what `keep` does not cover."""
         folder = checkpoint.folder_of(self.out, self.progress.iteration)
-        unlogged = {name: self._over_processes(torch.stack(v)) for name, v in self._sums.items()}
+        unlogged = {k: parallel.mean(torch.stack(v), self.accelerator) for k, v in self._sums.items()}
         if self.accelerator.is_main_process:
             checkpoint.write(folder, self._state(unlogged))
             best = self.progress.best
@@ -292,15 +263,20 @@ class Trainer:
                 "ema_updates": self.ema.updates,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "prompts": self.data.digest,
+                "teacher": self._teacher,
             },
         )
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint.  Raises ValueError if it is damaged or of other prompts."""
+        """Go on from a checkpoint.  Raises ValueError if it is damaged, or of another teacher or other prompts."""
         saved = checkpoint.read(folder)
         if saved.state["prompts"] != self.data.digest:
             raise ValueError(
                 f"{folder} was trained on other prompts or real samples; give the old ones, or start another run"
+            )
+        if saved.state["teacher"] != self._teacher:
+            raise ValueError(
+                f"{folder} was trained on other teacher weights; name their revision, or start another run"
             )
         if saved.state["progress"]["iteration"] > self.config.iterations:
             raise ValueError(

@@ -120,7 +120,7 @@ def test_config_alone_reproduces_the_run(journey, cli, tmp_path):
     again = cli("distill", "--config", journey[1] / "config.yaml", "--out", tmp_path / "other")
     assert again.exit_code == 0, again.output
     names = [p.name for p in sorted((journey[1] / "checkpoints" / "00000004").glob("*.safetensors"))]
-    assert {"generator0.safetensors", "critic0.safetensors", "ema.safetensors"} <= set(names)
+    assert {"generator.safetensors", "fake_score.safetensors", "ema.safetensors"} <= set(names)
     for name in names:
         first, second = (run / "checkpoints" / "00000004" / name for run in (journey[1], tmp_path / "other"))
         assert first.read_bytes() == second.read_bytes(), name
@@ -153,7 +153,7 @@ def test_objective_from_a_plugin_trains_and_is_in_the_saved_configuration(cli, t
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["method"]["c"] == 0.25
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert next(row["critic/c"] for row in rows if "critic" in row) == 0.25
-    weights = load_file(tmp_path / "run" / "checkpoints" / "00000002" / "critic0.safetensors")
+    weights = load_file(tmp_path / "run" / "checkpoints" / "00000002" / "fake_score.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
 
 

@@ -87,7 +87,7 @@ def make(cls: type[Trainer], out: Path, num_steps: int, variant: str = "plain", 
     reals = RealData(teacher.reals(), teacher.encode, 0) if objective.needs else None
     data = PromptData(teacher.prompts, teacher.encode, teacher.shape, 0, reals=reals)
     if "head" in objective.roles:
-        trio.add_head(data.batch((0,)), seed=1)
+        trio.add_head(objective.features(trio), data.batch((0,)), seed=1)
         trio.discriminator().double()
     return cls(config, trio, objective, data, out=out, accelerator=Accelerator(cpu=True)), steps
 

@@ -114,7 +114,8 @@ def test_differences_are_keys_with_both_values():
 
 def test_differences_leave_out_what_a_resume_may_change():
     old = resolve(given=TOY).to_dict()
-    new = resolve(given=TOY, sets=[f"train.{name}=7" for name in MAY_CHANGE if name != "device"] + ["train.device=cpu"])
+    values = {"device": "cpu", "tensorboard": "true"}
+    new = resolve(given=TOY, sets=[f"train.{name}={values.get(name, 7)}" for name in MAY_CHANGE])
     assert differences(old, new.to_dict()) == []
 
 

@@ -77,6 +77,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
     temporary.replace(path)
 
 

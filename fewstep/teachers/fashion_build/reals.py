@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL
 from fewstep.metrics.features import dequantise, file_sha256
 from fewstep.teachers.fashion_build.data import load_pictures
 from fewstep.teachers.fashion_build.loop import write_json, write_tensors
+from fewstep.teachers.fashion_build.references import PER_CLASS, first_of_each_class
 
 log = logging.getLogger(__name__)
 
-COUNT = 10_000
 LICENCE = """Fashion-MNIST, Copyright (c) 2017 Zalando SE, https://tech.zalando.com
 
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
@@ -34,10 +34,11 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 
 @torch.no_grad()
-def build_reals(data: Path, out: Path, work: Path, minutes: float | None = None, *, count: int = COUNT) -> None:
-    """Write fashion-reals/: latents [count, 4, 8, 8] float16, labels [count] uint8, a card and the data's licence.
+def build_reals(data: Path, out: Path, work: Path, minutes: float | None = None, *, per_class: int = PER_CLASS) -> None:
+    """Write fashion-reals/: latents [N, 4, 8, 8] float16, labels [N] uint8, a card and the data's licence.
 
-    The first `count` training images, in order; image i's caption is template i mod 10 of its class.
+    The images are those of stage `references`, the first ones of each class; number i of them has for a caption
+    template i mod 10 of its class.
     """
     folder = out / "fashion-reals"
     if (folder / "card.json").is_file():
@@ -45,13 +46,15 @@ def build_reals(data: Path, out: Path, work: Path, minutes: float | None = None,
         return
     vae = cast(Any, AutoencoderKL.from_pretrained(out / "fashion-dit" / "vae", torch_dtype=torch.float32)).eval()
     images, labels = load_pictures("train", data)
-    parts = [vae.encode(dequantise(part)).latent_dist.mode() for part in images[:count].split(500)]
+    chosen = first_of_each_class(labels, per_class)
+    parts = [vae.encode(dequantise(part)).latent_dist.mode() for part in images[chosen].split(500)]
     latents = torch.cat(parts)
-    write_tensors(folder / "latents.safetensors", {"latents": latents.half(), "labels": labels[:count].to(torch.uint8)})
+    stored = {"latents": latents.half(), "labels": labels[chosen].to(torch.uint8)}
+    write_tensors(folder / "latents.safetensors", stored)
     (folder / "LICENSE").write_text(LICENCE, encoding="utf-8")
     card = {
-        "data": "Fashion-MNIST training images 0 .. count - 1 (Zalando SE, MIT licence), padded to 32x32",
-        "count": count,
+        "data": f"Fashion-MNIST, the first {per_class} training images of each class (Zalando SE, MIT), 32x32",
+        "count": len(latents),
         "encoder": "mode of fashion-dit's VAE",
         "vae_sha256": file_sha256(out / "fashion-dit" / "vae" / "diffusion_pytorch_model.safetensors"),
         "latents_sha256": file_sha256(folder / "latents.safetensors"),

@@ -234,6 +234,16 @@ def test_an_adapter_survives_saving():
     del state[next(iter(state))]
     with pytest.raises(ValueError, match="other layers"):
         other.generator.load(state)
+    with pytest.raises(ValueError, match="other layers or ranks"):  # copy_ would broadcast rank 1 to any other
+        trio_of("unet", "lora", rank=1).generator.load(trio.generator.state())
+
+
+def test_a_run_leaves_no_trace_on_the_teacher():
+    """Fails if the real score is the teacher itself: accelerate's autocast would stay on it, and on later students."""
+    teacher = unet()
+    trio = Trio.build(teacher, ROLES)
+    assert trio.real_score is not teacher and trio.real_score.backbone.module is not teacher.backbone.module
+    assert storages(trio.real_score) == storages(teacher)
 
 
 def test_averages_of_adapters_leave_the_shared_weights_alone():
@@ -252,8 +262,8 @@ def test_averages_of_adapters_leave_the_shared_weights_alone():
 
 def test_targets_choose_layers_and_unknown_ones_are_named():
     module = unet().backbone.module
-    with pytest.raises(ValueError, match=r"ends in \['to_z'\]; this network has .*to_q"):
-        add_lora(copy.deepcopy(module), LoRA(targets=("to_z",)))
+    with pytest.raises(ValueError, match=r"ends in \['to_z'\]; this network has .*to_out\.0, to_q"):
+        add_lora(copy.deepcopy(module), LoRA(targets=("to_q", "to_z")))
     add_lora(module, LoRA(targets=("to_q",)))
     assert all(".to_q." in name for name in lora_weights(module))
     with pytest.raises(ValueError, match="rank >= 1"):

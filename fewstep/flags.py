@@ -1,0 +1,52 @@
+"""The flags of the command line, each with its help.  No torch here: --help must answer at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Text = str | None
+Number = int | None
+
+Teacher = Annotated[Text, typer.Option(help="Registered name, local diffusers folder or hub id.")]
+Method = Annotated[Text, typer.Option(help="Distillation method; see `fewstep list methods`.")]
+Config = Annotated[Path | None, typer.Option(help="Recipe, or a run's config.yaml; by default the packaged recipe.")]
+NumSteps = Annotated[Number, typer.Option(help="Sampling steps of the student.")]
+Iterations = Annotated[Number, typer.Option(help="Trainer iterations.")]
+GlobalBatch = Annotated[Number, typer.Option(help="Global batch of one optimiser step.")]
+Rate = Annotated[float | None, typer.Option(help="Learning rate of generator and critic.")]
+Seed = Annotated[Number, typer.Option(help="Seed of everything random.")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; by default the teacher's prompts.")]
+NegativePrompt = Annotated[Text, typer.Option(help="What guidance moves away from; by default the empty prompt.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of captioned pictures for the GAN; by default the teacher's own.")
+]
+TrainDevice = Annotated[Text, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")]
+Precision = Annotated[Text, typer.Option(help="fp32, bf16 or fp16.")]
+Sharing = Annotated[Text, typer.Option(help="How the trio holds its weights: copies, lora or lora-fake.")]
+LoraRank = Annotated[Number, typer.Option(help="Rank of the adapters of lora and lora-fake.")]
+LoraAlpha = Annotated[float | None, typer.Option(help="Their scale is alpha / rank.")]
+LoraTargets = Annotated[
+    list[str] | None,
+    typer.Option(help="End of the names of the layers that get one, as to_q; repeatable. By default all."),
+]
+Checkpointing = Annotated[
+    bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
+]
+TensorBoard = Annotated[bool | None, typer.Option("--tensorboard", help="Write the figures for TensorBoard, too.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/TEACHER-METHOD.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as method.guidance=2. Repeatable.")
+]
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Python file that registers methods or teachers. Repeatable."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")]
+BatchSize = Annotated[int, typer.Option(help="Images made at a time; what an image is made of does not depend on it.")]
+Which = Annotated[str, typer.Option(help="Checkpoint: best (by the running figure) or last.")]
