@@ -123,6 +123,7 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(help="First sampling seed; none was used in training or to choose a checkpoint.")
     ] = 50_000_000,
+    seeds: Annotated[int, typer.Option(help="Sets of --n samples; with more than one, means and deviations.")] = 1,
     which: flags.Which = "best",
     recompute_teacher: Annotated[
         bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
@@ -140,6 +141,7 @@ def evaluate(
             run,
             n=n,
             seed=seed,
+            seeds=seeds,
             which=_which(which),
             recompute_teacher=recompute_teacher,
             device=device,

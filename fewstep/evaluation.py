@@ -16,13 +16,20 @@ from torch import Tensor
 from fewstep.api import load_student, untrained_student
 from fewstep.bar import bar
 from fewstep.environment import describe, device_of
-from fewstep.sampling import Student, cycled, sample_teacher
+from fewstep.metrics.suite import over_seeds
+from fewstep.sampling import Student, check_count, cycled, sample_teacher
 from fewstep.teachers.base import Evaluation
+
+TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
+"""Names of figures in tables, where they are not the keys themselves."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured model: sampling steps, number of samples, first seed, figures; stored = from the teacher's card."""
+    """One measured model: sampling steps, number of samples, first seed, figures; stored = from the teacher's card.
+
+    seeds: how many sets of n samples the figures are means over.  spread: their standard deviation, if more than one.
+    """
 
     model: str
     steps: int
@@ -31,6 +38,8 @@ class Row:
     figures: dict[str, float]
     guidance: float | None = None
     stored: bool = False
+    seeds: int = 1
+    spread: dict[str, float] | None = None
 
 
 def evaluate_run(
@@ -38,6 +47,7 @@ def evaluate_run(
     *,
     n: int = 10_000,
     seed: int = 50_000_000,
+    seeds: int = 1,
     which: Literal["best", "last"] = "best",
     recompute_teacher: bool = False,
     device: str = "auto",
@@ -47,7 +57,8 @@ def evaluate_run(
     """Measure and write eval.md, eval.csv and eval.json into the run folder.  Returns the markdown table.
 
     Rows: the teacher (its stored figures unless `recompute_teacher`), the student before training, the student, each
-    at the student's own step count.  device, batch_size: where images are made, and how many at a time.
+    at the student's own step count.  seeds: sets of n samples, numbered on from each other; more than one gives means
+    and deviations.  device, batch_size: where images are made, and how many at a time.
     Raises ValueError if this teacher has no way to be judged.
     """
     console = console or Console(stderr=True)
@@ -56,12 +67,17 @@ def evaluate_run(
     judge = teacher.evaluation
     if judge is None:
         raise ValueError(f"teacher {teacher.card.name!r} brings no evaluation; look at `fewstep sample {run}`")
-    prompts = cycled(teacher.prompts, 0, n)
+    check_count("seeds", seeds)
+    prompts, measure = cycled(teacher.prompts, 0, n), judge.full or judge.measure
 
     def measured(name: str, steps: int, make: Callable[..., Tensor], guidance: float | None = None) -> Row:
-        with bar(f"{name}, {steps} step{'s' * (steps > 1)}", n, console) as done:
-            images = make(n, seed=seed, num_steps=steps, batch_size=batch_size, progress=done)
-        return Row(name, steps, n, seed, judge.measure(images, prompts), guidance)
+        figures = []
+        with bar(f"{name}, {steps} step{'s' * (steps > 1)}", n * seeds, console) as done:
+            for first in range(seed, seed + n * seeds, n):
+                images = make(n, seed=first, num_steps=steps, batch_size=batch_size, progress=done)
+                figures.append(measure(images, prompts))
+        mean, spread = over_seeds(figures) if seeds > 1 else (figures[0], None)
+        return Row(name, steps, n, seed, mean, guidance, seeds=seeds, spread=spread)
 
     untrained = untrained_student(run, teacher=teacher, device=device)
     best = None if recompute_teacher else _best_stored(judge, teacher.guidance, console)
@@ -80,21 +96,28 @@ def evaluate_run(
 
 
 def markdown(rows: list[Row]) -> str:
-    """The rows as a markdown table; figures that a row lacks are "-"."""
+    """The rows as a markdown table, with deviations over seeds where there are; figures that a row lacks are "-"."""
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    head = ["model", "steps", "CFG", "samples", *(name.upper() if name == "fmd" else name for name in names)]
+    head = ["model", "steps", "CFG", "samples", *(TITLES.get(name, name) for name in names)]
     body = [
         [
             row.model + (" (stored)" if row.stored else ""),
             str(row.steps),
             "-" if row.guidance is None else f"{row.guidance:g}",
-            str(row.n),
-            *(f"{row.figures[name]:.4g}" if name in row.figures else "-" for name in names),
+            str(row.n) if row.seeds == 1 else f"{row.seeds} x {row.n}",
+            *(_cell(row, name) for name in names),
         ]
         for row in rows
     ]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(row: Row, name: str) -> str:
+    if name not in row.figures:
+        return "-"
+    spread = "" if row.spread is None else f" ± {row.spread[name]:.2g}"
+    return f"{row.figures[name]:.4g}{spread}"
 
 
 def _write(run: Path, rows: list[Row], student: Student, which: str, protocol_hash: str) -> None:
@@ -111,10 +134,11 @@ def _write(run: Path, rows: list[Row], student: Student, which: str, protocol_ha
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    writer.writerow(["model", "steps", "cfg", "n", "seed", "stored", *names])
+    writer.writerow(["model", "steps", "cfg", "n", "seed", "seeds", "stored", *names])
     for row in rows:
         figures = [row.figures.get(name, "") for name in names]
-        writer.writerow([row.model, row.steps, row.guidance or "", row.n, row.seed, int(row.stored), *figures])
+        told = [row.model, row.steps, row.guidance or "", row.n, row.seed, row.seeds, int(row.stored)]
+        writer.writerow([*told, *figures])
     (run / "eval.csv").write_text(table.getvalue(), encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,20 +95,23 @@ class DMD2:
             total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
         return Loss(total, metrics)
 
-    def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
-        """Keep the fake score on the generator's present distribution by denoising its samples."""
+    def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss | Iterator[Loss]:
+        """Keep the fake score on the generator's present distribution by denoising its samples; then the GAN."""
         with torch.no_grad():
             x = self.rollout(trio, batch, rng).x
             t = self.law(0, 999).sample(rng, "critic.t", x.device)
             eps = rng.randn_like(x, "critic.eps")
             x_t = trio.critic().schedule.add_noise(x, eps, t)
         loss = denoising(trio.critic()(x_t, t, batch.cond), x, eps)
-        if not self.adversarial(rng):
-            return Loss(loss, {"critic": loss.detach()})
-        gan, metrics = self.gan_critic_loss(trio, batch, x, rng)
-        return Loss(loss + self.gan_critic_weight * gan, {"critic": loss.detach(), **metrics})
+        first = Loss(loss, {"critic": loss.detach()})
+        return self._and_gan(first, trio, batch, x, rng) if self.adversarial(rng) else first
 
-    def gan_critic_loss(self, trio: Trio, batch: Batch, x: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Tensor]]:
+    def _and_gan(self, first: Loss, trio: Trio, batch: Batch, x: Tensor, rng: Rng) -> Iterator[Loss]:
+        """Two losses, one after the other: x has no graph, so that of the first is free before the second's is made."""
+        yield first
+        yield self.gan_critic_loss(trio, batch, x, rng)
+
+    def gan_critic_loss(self, trio: Trio, batch: Batch, x: Tensor, rng: Rng) -> Loss:
         """What the discriminator descends: real samples under their own captions against the generator's x.
 
         Both are re-noised, to levels of their own; the fake score learns from it together with the head.
@@ -128,7 +132,7 @@ class DMD2:
             shaken = real + self.r1_sigma * rng.randn_like(real, "gan.r1")
             r1 = approximate_r1(of_real, self.logits(trio, shaken, cond, *noise), self.r1_sigma)
             loss, metrics["gan/r1"] = loss + self.r1_weight * r1, r1.detach()
-        return loss, metrics
+        return Loss(self.gan_critic_weight * loss, metrics)
 
     def logits(self, trio: Trio, x: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> Tensor:
         """The discriminator's logits [B, K] of clean samples x, re-noised by eps to t."""

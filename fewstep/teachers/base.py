@@ -65,6 +65,7 @@ class Evaluation:
 
     metric: the name of the figure that ranks checkpoints (lower is better).  rows: the teacher's stored measurements.
     rows_protocol: the hash of the protocol that the rows were measured with.
+    full: every figure that there is, for final tables; `measure`, which it contains, is also the running metric.
     """
 
     measure: Measure
@@ -72,6 +73,7 @@ class Evaluation:
     protocol_hash: str
     rows: tuple[dict[str, Any], ...] = ()
     rows_protocol: str | None = None
+    full: Measure | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fewstep.metrics.features import FASHION_CLASSIFIER, extract, load_fashion_classifier, load_reference
 from fewstep.metrics.frechet import Moments, moments_distance
+from fewstep.metrics.suite import Suite, load_suite
 from fewstep.teachers.base import Evaluation, Reals, Teacher, TeacherCard, register_teacher
 from fewstep.teachers.pipelines import from_pipeline
 
@@ -86,7 +88,7 @@ def _stored_guidance(folder: Path) -> float:
 def fashion_evaluation(folder: Path) -> Evaluation | None:
     """FMD against the 60,000 training images, and the share of samples classified as the prompt says.
 
-    None if the classifier is not built yet.
+    In full, all figures of metrics/suite.py.  None if the classifier is not built yet.
     """
     if not (FASHION_CLASSIFIER / "model.safetensors").is_file():
         return None
@@ -103,6 +105,13 @@ def fashion_evaluation(folder: Path) -> Evaluation | None:
             figures["agreement"] = float((logits.argmax(1) == torch.tensor(wanted)).double().mean())
         return figures
 
+    @cache
+    def suite() -> Suite:
+        return load_suite(label_of)
+
+    def full(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return suite().measure_all(images, prompts)
+
     card = json.loads((FASHION_CLASSIFIER / "card.json").read_text(encoding="utf-8"))
     stored = _stored(folder)
     return Evaluation(
@@ -111,4 +120,5 @@ def fashion_evaluation(folder: Path) -> Evaluation | None:
         card["protocol_hash"],
         tuple(stored.get("rows", ())),
         rows_protocol=stored.get("protocol_hash"),
+        full=full,
     )

@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 import fewstep
 from fewstep.api import untrained_student
 from fewstep.evaluation import Row, evaluate_run, markdown
 from fewstep.sampling import sample_teacher
+from fewstep.teachers.base import TEACHERS
+from fewstep.training.preview import Preview
 
 STORED = (
     {"steps": 4, "n": 10_000, "seed": 1, "cfg": 1.0, "fmd": 2.0, "agreement": 0.9},
@@ -112,3 +115,27 @@ def test_table_leaves_out_what_a_row_lacks():
         "| teacher (stored) | 50 | 2 | 10000 | 4.568 | 0.97 | - |",
         "| student | 1 | - | 2000 | 12 | - | 0.5 |",
     ]
+
+
+def test_seeds_give_means_and_deviations_of_disjoint_samples(run):
+    """Set k of n samples starts at seed + k n.  Fails if the sets overlap: their spread would be too small."""
+    table = evaluate_run(run.out, n=64, seed=9, seeds=3, device="cpu")
+    row = json.loads((run.out / "eval.json").read_text())["rows"][-1]
+    figures = [run.teacher.evaluation.measure(run.student.sample(64, seed=9 + 64 * k), [""] * 64) for k in range(3)]
+    sw = torch.tensor([f["sw"] for f in figures], dtype=torch.float64)
+    assert (row["figures"]["sw"], row["spread"]["sw"]) == pytest.approx((sw.mean().item(), sw.std().item()), rel=1e-4)
+    assert row["seeds"] == 3 and "| 3 x 64 |" in table and f"± {sw.std():.2g}" in table
+    with pytest.raises(ValueError, match="seeds must be >= 1"):
+        evaluate_run(run.out, n=64, seeds=0, device="cpu")
+
+
+def test_final_tables_hold_every_figure_and_the_running_metric_does_not(run):
+    """Fails if `full` is used at every evaluation of a training, or never."""
+    judge = replace(run.teacher.evaluation, full=lambda x, prompts: {"everything": 1.0})
+    teacher = replace(run.teacher, evaluation=judge)
+    assert "everything" not in Preview(teacher, run.out, run.config.objective.sampler).evaluate(run.student.denoiser, 1)
+    TEACHERS._entries["stored-of-test-evaluation"] = lambda: teacher
+    try:
+        assert rows_of(run)[-1]["figures"] == {"everything": 1.0}
+    finally:
+        TEACHERS._entries["stored-of-test-evaluation"] = stored
