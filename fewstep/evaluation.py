@@ -67,6 +67,7 @@ def evaluate_run(
     judge = teacher.evaluation
     if judge is None:
         raise ValueError(f"teacher {teacher.card.name!r} brings no evaluation; look at `fewstep sample {run}`")
+    check_count("n", n)
     check_count("seeds", seeds)
     prompts, measure = cycled(teacher.prompts, 0, n), judge.full or judge.measure
 
