@@ -33,7 +33,8 @@ LoraTargets = Annotated[
     typer.Option(help="End of the names of the layers that get one, as to_q; repeatable. By default all."),
 ]
 Checkpointing = Annotated[
-    bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
+    bool | None,
+    typer.Option("--gradient-checkpointing", help="Less memory: activations are computed again."),
 ]
 TensorBoard = Annotated[bool | None, typer.Option("--tensorboard", help="Write the figures for TensorBoard, too.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/TEACHER-METHOD.")]

@@ -62,7 +62,7 @@ class VAECodec:
         """Latents [B, C, H, W] -> images [B, 1 or 3, H', W'] in [-1, 1]."""
         vae = self._vae.to(x.device)
         _, height, width = self.image_shape(tuple(x.shape[1:]))
-        # A picture takes about a kilobyte of activations per pixel: some at a time.
+        # One float32 map of 256 channels is a kilobyte per pixel: some pictures at a time.
         parts = (x.to(vae.dtype) / vae.config.scaling_factor).split(max(1, PIXELS // (height * width)))
         return torch.cat([vae.decode(part, return_dict=False)[0].clamp(-1, 1) for part in parts])
 

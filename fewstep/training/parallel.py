@@ -1,8 +1,8 @@
 """Several processes as one: the mean of their gradients, taken by ourselves after the backward pass.
 
 DistributedDataParallel is not used.  It expects one forward and one backward per step and all parameters in each; a
-trio runs the same network under several roles, with and without gradient, before one backward.  What it would save by
-overlapping communication with the backward pass is small beside a distillation step.
+trio runs the same network under several roles, with and without gradient, before one backward.  The price, not yet
+measured on GPUs, is that communication does not overlap with the backward pass.
 """
 
 from __future__ import annotations

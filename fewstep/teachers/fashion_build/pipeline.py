@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import CogView4Pipeline, CogView4Transformer2DModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from fewstep.teachers.fashion_build.captions import MAX_TOKENS
@@ -65,11 +66,12 @@ def write_index(folder: Path) -> None:
     scheduler.save_pretrained(folder / "scheduler")
 
 
-def load_pipeline(folder: Path) -> CogView4Pipeline:
-    """The folder as a CogView4Pipeline in fp32, from local files only, without gradients and progress bars."""
-    pipeline = CogView4Pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    for part in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
-        part.eval().requires_grad_(False)
+def load_pipeline(folder: Path) -> Any:
+    """The folder as the pipeline that it is, in fp32, from local files only, without gradients and progress bars."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

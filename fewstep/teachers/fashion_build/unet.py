@@ -24,7 +24,7 @@ from fewstep.teachers.fashion_build.captions import all_captions, balanced_promp
 from fewstep.teachers.fashion_build.card import FEW, FEW_SEED, Cell, Draw, measure
 from fewstep.teachers.fashion_build.dit import draw_captions, precompute
 from fewstep.teachers.fashion_build.loop import Plan, read_json, read_notes, train, write_json, write_note
-from fewstep.teachers.fashion_build.pipeline import LATENT_SIZE, NUM_TRAIN_TIMESTEPS, sample_noise
+from fewstep.teachers.fashion_build.pipeline import LATENT_SIZE, NUM_TRAIN_TIMESTEPS, load_pipeline, sample_noise
 from fewstep.teachers.fashion_build.vae import decode
 
 log = logging.getLogger(__name__)
@@ -127,15 +127,6 @@ def copy_parts(out: Path) -> None:
     write_json(folder / "model_index.json", index)
 
 
-def load_unet_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """The folder as a StableDiffusionPipeline in fp32, from local files only, without gradients and progress bars."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    for part in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
-        part.eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @torch.no_grad()
 def encode_for_unet(pipeline: StableDiffusionPipeline, captions: list[str]) -> Tensor:
     """The pipeline's own text encodings, last_hidden_state after the final norm: [len(captions), 16, D] float32.
@@ -184,7 +175,7 @@ def build_unet(data: Path, out: Path, work: Path, minutes: float | None = None) 
     model = new_unet(latents.shape[1], width)
     if not (folder / "unet").is_dir():
         save_unet(model, out)
-    texts = encode_for_unet(load_unet_pipeline(folder), [*all_captions(), ""])
+    texts = encode_for_unet(load_pipeline(folder), [*all_captions(), ""])
     signal = new_scheduler().alphas_cumprod
 
     def loss_of(net: UNet2DConditionModel, generator: torch.Generator) -> Tensor:
@@ -204,7 +195,7 @@ def build_unet(data: Path, out: Path, work: Path, minutes: float | None = None) 
         nonlocal last
         if used - last >= FIGURE_EVERY:
             save_unet(averaged, out)
-            row = measure(pipeline_draw(load_unet_pipeline(folder)), classifier, reference, FIGURE, workers=workers)
+            row = measure(pipeline_draw(load_pipeline(folder)), classifier, reference, FIGURE, workers=workers)
             log.info("unet: %.1f min, %s", used, row)
             last = used
 

@@ -48,7 +48,7 @@ def test_a_1x1_map_survives_its_norm(channels: int):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_probe_finds_the_features_and_seeds_the_weights(name: str):
     denoiser = TEACHERS[name]()
-    taps = denoiser.backbone.taps or ("mid_block",)
+    taps = denoiser.backbone.taps
     x, t, cond = inputs(1)
     heads = [Head.probe(denoiser, (4, 4, 4), cond, taps, seed) for seed in (3, 3, 4)]
     same, other = (

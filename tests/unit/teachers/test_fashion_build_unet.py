@@ -70,7 +70,7 @@ def lively(built, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(lively):
-    return unet.load_unet_pipeline(lively)
+    return unet.load_pipeline(lively)
 
 
 def test_an_untrained_unet_predicts_zero():
