@@ -68,10 +68,16 @@ def assert_recovered(run: Run) -> None:
 def test_every_mode_of_a_ring_is_found(num_steps, run_folder):
     """Eight Gaussians of radius .14 on a circle of radius 2: a student that drops a mode is at a distance above 0.4.
 
-    A one-step student is a continuous map and leaves samples between the modes; figures of the run that set the bound:
-    0.11 in one step, 0.12 in four.
+    A one-step student is a continuous map and leaves samples between the modes; 0.11 in the run that set the bound.
+    In four steps the masses of the modes drift: at the other tests' rates the last checkpoint of seeds 0, 1, 2 was at
+    0.22, 0.57, 0.20, on one machine 0.12.  A quarter of those rates, twice the batch and the best checkpoint by the
+    running figure, as any user's run has it, give 0.18, 0.16, 0.18, 0.19 for seeds 0 to 3 (5000 samples, seed 7).
     """
-    run = distilled(fewstep.teachers.mixture(), run_folder, iterations=3000, batch_size=256, num_steps=num_steps)
+    calm: dict = {"batch_size": 256}
+    if num_steps == 4:
+        rates = {"generator": {**OPTIM, "lr": 5e-4}, "critic": {**OPTIM, "lr": 1e-3}}
+        calm = {"batch_size": 512, "train": {**rates, "ema": 0.99, "evaluate_every": 250}}
+    run = distilled(fewstep.teachers.mixture(), run_folder, iterations=3000, num_steps=num_steps, **calm)
     figures = run.teacher.evaluation.measure(run.student.sample(5000, seed=7, batch_size=5000), [""])
     assert figures["modes"] == 1
     assert figures["sw"] < 0.2
