@@ -128,6 +128,7 @@ def evaluate(
     recompute_teacher: Annotated[
         bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
     ] = False,
+    untrained: Annotated[bool, typer.Option(help="Also measure the student as it was before training.")] = True,
     device: flags.Device = "auto",
     batch_size: flags.BatchSize = 250,
     plugin: flags.Plugin = None,
@@ -144,6 +145,7 @@ def evaluate(
             seeds=seeds,
             which=_which(which),
             recompute_teacher=recompute_teacher,
+            untrained=untrained,
             device=device,
             batch_size=batch_size,
             console=console,

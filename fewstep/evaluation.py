@@ -50,14 +50,15 @@ def evaluate_run(
     seeds: int = 1,
     which: Literal["best", "last"] = "best",
     recompute_teacher: bool = False,
+    untrained: bool = True,
     device: str = "auto",
     batch_size: int = 250,
     console: Console | None = None,
 ) -> str:
     """Measure and write eval.md, eval.csv and eval.json into the run folder.  Returns the markdown table.
 
-    Rows: the teacher (its stored figures unless `recompute_teacher`), the student before training, the student, each
-    at the student's own step count.  seeds: sets of n samples, numbered on from each other; more than one gives means
+    Rows: the teacher (its stored figures unless `recompute_teacher`), the student before training (unless told not to,
+    which saves half of the time), the student, each at the student's own step count.  seeds: sets of n samples, numbered on from each other; more than one gives means
     and deviations.  device, batch_size: where images are made, and how many at a time.
     Raises ValueError if this teacher has no way to be judged.
     """
@@ -80,7 +81,6 @@ def evaluate_run(
         mean, spread = over_seeds(figures) if seeds > 1 else (figures[0], None)
         return Row(name, steps, n, seed, mean, guidance, seeds=seeds, spread=spread)
 
-    untrained = untrained_student(run, teacher=teacher, device=device)
     best = None if recompute_teacher else _best_stored(judge, teacher.guidance, console)
     if best is not None:
         rows = [_stored(best)]
@@ -90,7 +90,9 @@ def evaluate_run(
             return sample_teacher(teacher.to(device_of(device)), n, **options)
 
         rows = [measured("teacher", 50, of_teacher, teacher.guidance)]
-    rows.append(measured("untrained student", steps, untrained.sample))
+    if untrained:
+        before = untrained_student(run, teacher=teacher, device=device)
+        rows.append(measured("untrained student", steps, before.sample))
     rows.append(measured("student", steps, student.sample))
     _write(run, rows, student, which, judge.protocol_hash)
     return markdown(rows)
@@ -162,5 +164,5 @@ def _best_stored(judge: Evaluation, guidance: float, console: Console) -> dict[s
 
 
 def _stored(row: dict[str, Any]) -> Row:
-    figures = {name: row[name] for name in ("fmd", "agreement") if name in row}
+    figures = {name: value for name, value in row.items() if name not in ("steps", "cfg", "n", "seed", "seconds")}
     return Row("teacher", row["steps"], row["n"], row["seed"], figures, row["cfg"], stored=True)

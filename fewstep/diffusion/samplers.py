@@ -55,10 +55,12 @@ def student_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0,
     an index, so that the network sees times it was trained at: 999, 749, 499, 249     [DMD2's code]
     first: what the first step is told in place of 1, its input being pure noise all the same.  Its x0 then follows
     with that time's alpha: 0.4, index 399, divides an error of eps by .65 where 999 divides it by .068     [DMD2, F.4]
+    That is the paper's for one step; with more, ours: at least a fifth of the way from the second time to 1, so that
+    0.4 becomes .8, .75, .5, .25 and one recipe fits every N.
     Returns [N] float32, descending.  Raises ValueError if two of the times fall on one thousandth.
     """
     grid = time_grid(num_steps, shift)
-    grid[0] = first
+    grid[0] = first if num_steps == 1 else max(first, float(grid[1] + (1 - grid[1]) / 5))
     _check_grid(grid, least=1)
     if not isinstance(schedule, VPTable | EDM):
         grid = ((grid.double() * 1000).round() / 1000).float()

@@ -11,12 +11,17 @@ from fewstep.models.denoiser import Denoiser, Player
 from fewstep.types import Condition
 
 
+WIDEST = 1280
+"""Channels of the heads in the paper's UNets; at a transformer's 4096, each 4x4 convolution would hold 2.7e8 weights."""
+
+
 class Head(Player):
     """A small classifier for each tapped feature; real is positive     [DMD2, arXiv:2405.14867, section 4.3]
 
     Maps [B, C, h, w]: 4x4 convolutions of stride 2 down to 4x4, one over what is left, then one number.  Tokens
     [B, N, D] are taken as a square map, or as a row if N is no square; features [B, D] as a map of one.  Group norm
-    and SiLU after each convolution, as in the paper; the widths are the features' own.  Always computes in float32.
+    and SiLU after each convolution, as in the paper; the widths are the features' own up to WIDEST, to which the first
+    convolution brings wider ones.  Always computes in float32.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -62,12 +67,13 @@ def _as_map(feature: Tensor) -> Tensor:
 
 def _classifier(shape: Sequence[int]) -> nn.Sequential:
     """[B, C, h, w] -> [B, 1, 1, 1]."""
-    _, channels, height, width = shape
+    _, given, height, width = shape
+    channels = min(given, WIDEST)
     layers: list[nn.Module] = []
     while min(height, width) > 4:
-        layers += [nn.Conv2d(channels, channels, 4, 2, 1), _norm(channels), nn.SiLU()]
-        height, width = height // 2, width // 2
-    layers += [nn.Conv2d(channels, channels, (height, width)), _norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)]
+        layers += [nn.Conv2d(given, channels, 4, 2, 1), _norm(channels), nn.SiLU()]
+        given, height, width = channels, height // 2, width // 2
+    layers += [nn.Conv2d(given, channels, (height, width)), _norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)]
     return nn.Sequential(*layers)
 
 

@@ -34,7 +34,7 @@ class DMD2:
     turns: Turns = Turns(critic_per_generator=5)  # DMD2 section 4.2, ImageNet and SDXL
     stochastic: bool = True  # fresh noise between the student's steps; DMD2 section 4.4
     student_shift: float = 1.0  # flow shift of the student's time grid
-    first_time: float = 1.0  # told to the first step, whose input is noise; DMD2 F.4, SDXL in one step: 0.4
+    first_time: float = 1.0  # told to the first step (of more than one: at least .6, .8; ours); DMD2 F.4, SDXL: 0.4
     min_index: int = 20  # re-noising of the matching term: t = i / 999, i uniform; DMD section 3.2
     max_index: int = 980
     shift: float = 1.0  # flow shift of both re-noising laws

@@ -66,6 +66,10 @@ def test_stored_row_is_at_the_teachers_guidance_of_most_steps_and_samples(run):
     assert teacher["figures"] == {"fmd": 4.5, "agreement": 0.97}
 
 
+def test_the_untrained_student_can_be_left_out(run):
+    assert [row["model"] for row in rows_of(run, untrained=False)] == ["teacher", "student"]
+
+
 def test_stored_rows_of_another_protocol_are_not_used(run, monkeypatch, capsys):
     """Fails if the rows' hash is never compared: one table would hold figures that do not compare."""
     old = replace(run.teacher.evaluation, rows_protocol="older")

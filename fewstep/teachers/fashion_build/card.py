@@ -2,7 +2,8 @@
 
 A cell is (sampler steps, CFG, number of samples, seed). Measured with the stored fp16 weights loaded to fp32: FMD
 against the moments of the 60,000 training images, and agreement, the share of samples that the shipped classifier
-assigns to the prompted class. Both use one classifier, so they are one point of view, not two.
+assigns to the prompted class. Both use one classifier, so they are one point of view, not two. Cells of many samples
+hold every other figure of metrics/suite.py too: some of those mean little from few.
 """
 
 from __future__ import annotations
@@ -17,17 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.metrics.features import (
-    FEATURE_DIM,
-    FashionClassifier,
-    extract,
-    file_sha256,
-    load_fashion_classifier,
-    load_reference,
-)
-from fewstep.metrics.frechet import Moments, moments_distance
+from fewstep.metrics.features import file_sha256
+from fewstep.metrics.suite import Suite, load_suite
 from fewstep.sampling import sample_teacher
-from fewstep.teachers.fashion_build.captions import all_captions, balanced_prompts
+from fewstep.teachers.fashion_build.captions import CLASS_NAMES, all_captions, balanced_prompts, captions_of
 from fewstep.teachers.fashion_build.classifier import protocol_hash, protocol_of
 from fewstep.teachers.fashion_build.loop import read_json, read_notes, write_json
 from fewstep.teachers.fashion_build.model_card import render_card
@@ -109,28 +103,19 @@ SUBJECTS = (
 )
 
 
-def measure(draw: Draw, model: FashionClassifier, reference: Moments, cell: Cell, *, workers: int) -> dict:
-    """Sample a cell in chunks and return its row: the cell, fmd, agreement and seconds.
-
-    Chunks are shared between single-threaded workers and merged in order.
-    """
+def measure(draw: Draw, suite: Suite, cell: Cell, *, workers: int) -> dict:
+    """Sample a cell in chunks, shared between single-threaded workers, and return its row: cell, figures, seconds."""
     start = time.monotonic()
-
-    def chunk(first: int) -> tuple[Moments, int]:
-        count = min(CHUNK, cell.n - first)
-        _, labels = balanced_prompts(count, first)
-        features, logits = extract(model, draw(cell, first, count))
-        return Moments.of(features), int((logits.argmax(1) == torch.tensor(labels)).sum())
-
-    moments, agreed = Moments.empty(FEATURE_DIM), 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(workers) as pool:
-        for part, hits in pool.map(chunk, range(0, cell.n, CHUNK)):
-            moments, agreed = moments.merge(part), agreed + hits
+        firsts = range(0, cell.n, CHUNK)
+        parts = list(pool.map(lambda first: draw(cell, first, min(CHUNK, cell.n - first)), firsts))
     torch.set_num_threads(threads)
-    row = {"fmd": moments_distance(moments, reference), "agreement": agreed / cell.n}
-    return asdict(cell) | row | {"seconds": round(time.monotonic() - start, 1)}
+    figures = suite.measure_all(torch.cat(parts), balanced_prompts(cell.n)[0])
+    if cell.n < MANY:
+        figures = {name: figures[name] for name in ("fmd", "agreement")}
+    return asdict(cell) | figures | {"seconds": round(time.monotonic() - start, 1)}
 
 
 def pending(rows: list[dict]) -> Cell | None:
@@ -197,15 +182,15 @@ def build_card(data: Path, out: Path, work: Path, minutes: float | None = None) 
     for subject, report in reports.items():
         write_report(subject, report, out)
     draws = {s: s.opened(out / s.name) for s, report in reports.items() if pending(report["rows"])}
-    folder = out / "fashion-classifier"
-    model, reference = load_fashion_classifier(folder), load_reference(folder)
+    labels = {caption: label for label in range(len(CLASS_NAMES)) for caption in captions_of(label)}
+    suite = load_suite(labels, folder=out / "fashion-classifier", clip=out / "fashion-clip")
     start, workers = time.monotonic(), torch.get_num_threads()
     while waiting := [s for s, report in reports.items() if pending(report["rows"])]:
         for subject in waiting:
             cell = pending(reports[subject]["rows"])
             if cell is None or (minutes is not None and time.monotonic() - start >= 60 * minutes):
                 return
-            row = measure(draws[subject], model, reference, cell, workers=workers)
+            row = measure(draws[subject], suite, cell, workers=workers)
             reports[subject]["rows"].append(row)
             write_report(subject, reports[subject], out)
             log.info("card: %s %s", subject.name, row)

@@ -62,3 +62,12 @@ def test_half_precision_features_are_judged_in_float32():
     head = Head({"x": (8, 4, 4)})
     with torch.autocast("cpu", torch.bfloat16):
         assert head({"x": torch.randn(2, 8, 4, 4).bfloat16()}).dtype == torch.float32
+
+
+def test_a_wide_feature_is_narrowed_at_once(monkeypatch):
+    """Fails if a head is as wide as a large transformer: its weights would outnumber the transformer's."""
+    monkeypatch.setattr("fewstep.models.discriminator.WIDEST", 32)
+    head = Head({"tokens": (64, 128)})
+    widths = [tuple(m.weight.shape[:2]) for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [(32, 128), (32, 32), (1, 32)]
+    assert head({"tokens": torch.randn(3, 64, 128)}).shape == (3, 1)

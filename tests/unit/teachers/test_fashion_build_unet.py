@@ -209,7 +209,7 @@ def test_a_stored_card_is_what_its_report_renders_to():
 def fake_figures(monkeypatch, order, *, stop_after):
     """Measure by formula, note whose turn it was, and stop like a crash after some cells."""
 
-    def measure(draw, model, reference, cell, *, workers):
+    def measure(draw, suite, cell, *, workers):
         if len(order) == stop_after:
             raise KeyboardInterrupt
         order.append((draw, cell.steps, cell.cfg, cell.n))
@@ -218,6 +218,7 @@ def fake_figures(monkeypatch, order, *, stop_after):
     subjects = tuple(replace(subject, opened=lambda folder: folder.name) for subject in card.SUBJECTS)
     monkeypatch.setattr(card, "SUBJECTS", subjects)
     monkeypatch.setattr(card, "measure", measure)
+    monkeypatch.setattr(card, "load_suite", lambda labels, **folders: None)
 
 
 @needs_weights

@@ -1,0 +1,92 @@
+"""The scripts beside the package: what they take from others' files, and what stands in the README."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from eval import benchmark, memory
+from fewstep import cli
+from fewstep.api import load_teacher
+from fewstep.config import resolve
+
+
+def event(ts: int, size: int, device: int = 0) -> dict:
+    return {"name": "[memory]", "ts": ts, "args": {"Bytes": size, "Device Type": device}}
+
+
+def test_peak_is_the_highest_running_sum_in_order_of_time_on_the_cpu():
+    """Fails if events are summed in the order of the file, threads apart, or if a GPU's are added."""
+    events = [event(5, -100), event(1, 100), event(3, 50), event(2, -100), event(4, 100), event(3, 1000, device=1)]
+    assert memory.peak([*events, {"name": "aten::add", "ts": 0}]) == 150
+
+
+def test_allocator_peak_holds_what_a_step_holds(tmp_path):
+    """Fails if the events are not those of the training: a larger batch must show."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teacher: {name: gaussian}\nmethod: {name: dmd2, guidance: 1.0}\ntrain: {batch_size: 4}\n")
+    small = memory.allocated(recipe, [])
+    large = memory.allocated(recipe, ["train.batch_size=4096"])
+    assert 0 < small < large
+
+
+@pytest.mark.parametrize("run", benchmark.RUNS, ids=lambda run: run.name)
+def test_every_run_is_one_that_the_recipe_resolves_to(run):
+    config = resolve(config=Path(run.recipe), given={}, sets=run.sets)
+    assert (config.teacher, config.train.sharing) == (run.teacher, run.sharing)
+    assert (config.objective.num_steps, bool(config.objective.gan_weight)) == (run.num_steps, run.gan)
+    config.objective.sampler.grid(schedule_of(run.teacher))  # raises if it does not descend
+
+
+@cache
+def schedule_of(teacher):
+    return load_teacher(teacher).denoiser.schedule
+
+
+def test_runs_have_names_of_their_own():
+    assert len({run.name for run in benchmark.RUNS}) == 24
+
+
+def test_a_name_that_is_not_known_is_refused_with_those_that_are(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", "fashion-dit-copies-gan-3"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "allowed: fashion-dit-copies-plain-1" in capsys.readouterr().err
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    assert benchmark.table() in Path("README.md").read_text(encoding="utf-8")
+
+
+def test_table_shows_the_teacher_once_and_a_missing_figure_as_a_dash(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    for run in benchmark.RUNS[:2]:
+        row = {"figures": {"fmd": 1.5, "agreement": 0.9}, "spread": {"fmd": 0.02, "agreement": 0.0}, "steps": 1}
+        teacher = {"figures": {"fmd": 1.25}, "spread": None, "steps": 50}
+        memories = {"allocated": 100, "resident": 900}
+        found = {"run": vars(run), "student": row, "teacher": teacher, "minutes": 3.14, "memory_mib": memories}
+        benchmark.result_of(run).write_text(json.dumps(found))
+    lines = benchmark.table().splitlines()
+    assert lines[2:] == [
+        "| fashion-dit | - | - | 50 | 1.250 | - | - | - | - | - | - | - |",
+        "|  | copies | no | 1 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 100 | 900 |",
+        "|  | copies | no | 2 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 100 | 900 |",
+    ]
+
+
+def test_a_run_is_made_by_the_commands_of_a_user(tmp_path, monkeypatch):
+    """Both are words that the command line takes; a folder with a run in it is resumed."""
+    called = []
+
+    class Done:
+        returncode = 3
+
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **_: called.append(command[3:]) or Done())
+    run = benchmark.RUNS[0]
+    assert benchmark.make(run, tmp_path / run.name, {}) == 3  # and no evaluation after a failed training
+    (tmp_path / run.name / "config.yaml").write_text("")
+    benchmark.make(run, tmp_path / run.name, {})
+    assert len(called) == 2 and called[1] == [*called[0], "--resume"]
+    assert CliRunner().invoke(cli.app, [*called[0], "--help"]).exit_code == 0
