@@ -58,8 +58,9 @@ def evaluate_run(
     """Measure and write eval.md, eval.csv and eval.json into the run folder.  Returns the markdown table.
 
     Rows: the teacher (its stored figures unless `recompute_teacher`), the student before training (unless told not to,
-    which saves half of the time), the student, each at the student's own step count.  seeds: sets of n samples, numbered on from each other; more than one gives means
-    and deviations.  device, batch_size: where images are made, and how many at a time.
+    which saves half of the time), the student, each at the student's own step count.  seeds: sets of n samples,
+    numbered on from each other; more than one gives means and deviations.  device, batch_size: where images are made,
+    and how many at a time.
     Raises ValueError if this teacher has no way to be judged.
     """
     console = console or Console(stderr=True)
