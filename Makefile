@@ -10,11 +10,14 @@ VENV      := $(strip $(VENV))
 PY        := $(VENV)/bin/python
 READY     := $(VENV)/.fewstep_ready
 PYTEST    := $(PY) -m pytest -q -n $(strip $(JOBS)) --dist worksteal
+# Beside the environment, not in it: torchvision's build must fit torch's and slows every import of diffusers, and
+# clean-fid calls scipy's sqrtm with an argument that 1.18 no longer takes.
+ORACLES   := clean-fid==0.1.35 torch-fidelity==0.4.0 torchvision==0.29.1 'scipy<1.18'
 OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clock demo test test-all check format smoke index teachers clean
+.PHONY: help setup clock demo test test-all oracles check format smoke index teachers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -24,6 +27,10 @@ test: setup  ## the default tests: CPU, offline
 	$(PYTEST) $(ARGS)
 test-all: setup  ## the slow ones too
 	$(PYTEST) -m "$(MARKS)" $(ARGS)
+oracles: setup  ## the metrics against clean-fid's and torch-fidelity's own (with torchvision, 170 MB into build/oracles)
+	test -d build/oracles || $(PY) -m pip install -q --no-deps --target build/oracles $(ORACLES)
+	PYTHONPATH=build/oracles $(PY) -c "import cleanfid.fid, torch_fidelity.metric_fid"
+	PYTHONPATH=build/oracles $(PY) -m pytest -q tests/unit/metrics $(ARGS)
 check: setup  ## formatting, lint, types, import rules
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .

@@ -11,7 +11,7 @@ from fewstep.models.denoiser import Denoiser, Player
 from fewstep.types import Condition
 
 WIDEST = 1280
-"""Channels of the heads in the paper's UNets; at a transformer's 4096, each 4x4 convolution would hold 2.7e8 weights."""
+"""Channels of the heads in the paper's UNets; at the 4096 of a transformer, a 4x4 convolution holds 2.7e8 weights."""
 
 
 class Head(Player):

@@ -117,9 +117,9 @@ def test_trace_of_the_root_is_that_of_the_unsymmetric_product(d):
 def test_clean_fid_agrees(d):
     """Its matrix square root, at full rank.
 
-    clean-fid passes `disp` to scipy's sqrtm, which scipy 1.18 no longer takes; `.[oracles]` keeps an older one.
+    clean-fid passes `disp` to scipy's sqrtm, which scipy 1.18 no longer takes; `make oracles` takes an older one.
     """
-    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: .[oracles]")
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: make oracles")
     scipy = pytest.importorskip("scipy")
     if tuple(int(part) for part in scipy.__version__.split(".")[:2]) >= (1, 18):
         pytest.skip("clean-fid calls sqrtm(disp=False), which scipy >= 1.18 refuses")
@@ -131,7 +131,7 @@ def test_clean_fid_agrees(d):
 @pytest.mark.parametrize("d", [3, 40])
 def test_torch_fidelity_agrees(d):
     """Eigenvalues of the product S1 S2, which is not symmetric: a third way to the same number."""
-    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="torch-fidelity is not installed: .[oracles]")
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="torch-fidelity is not installed: make oracles")
     one, two = gaussians(500, d)
     stats = [{"mu": m.mean.numpy(), "sigma": m.cov.numpy()} for m in (one, two)]
     theirs = fid.fid_statistics_to_metric(*stats, verbose=False)[fid.KEY_METRIC_FID]

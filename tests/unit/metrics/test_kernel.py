@@ -88,7 +88,7 @@ def test_what_cannot_be_measured_is_refused(shapes, options, message):
 
 def test_clean_fid_agrees():
     """Its subsets of everything, at equal sizes, leave nothing to chance."""
-    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: .[oracles]")
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: make oracles")
     x, y = features(50, 8, 0, 0.4), features(50, 8, 1)
     theirs = fid.kernel_distance(x.numpy(), y.numpy(), num_subsets=2, max_subset_size=50)
     assert kernel_distance(x, y) == pytest.approx(theirs, rel=1e-9)
@@ -96,7 +96,7 @@ def test_clean_fid_agrees():
 
 def test_torch_fidelity_agrees():
     """The same by a second implementation."""
-    metric = pytest.importorskip("torch_fidelity.metric_kid", reason="torch-fidelity is not installed: .[oracles]")
+    metric = pytest.importorskip("torch_fidelity.metric_kid", reason="torch-fidelity is not installed: make oracles")
     x, y = features(50, 8, 0, 0.4), features(50, 8, 1)
     found = metric.kid_features_to_metric(x, y, kid_subsets=2, kid_subset_size=50, verbose=False)
     assert kernel_distance(x, y) == pytest.approx(found[metric.KEY_METRIC_KID_MEAN], rel=1e-9)
