@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from eval.memory import measure
 from fewstep.bar import bar
@@ -101,19 +101,28 @@ def make(run: Run, folder: Path, environment: dict[str, str]) -> int:
     judge = ["eval", str(folder), "--seeds", str(SEEDS), "--n", str(SAMPLES), "--no-untrained"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{run.name}.log").open("a", encoding="utf-8") as log:
-        for words in ([*start, "--out", str(folder), *resumed], judge):
-            command = [sys.executable, "-m", "fewstep.cli", *words]
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
-            if code:
-                return code
-    memory = measure(ROOT / run.recipe, run.sets)
+        training, cpu = child([*start, "--out", str(folder), *resumed], environment, log)
+        code = training or child(judge, environment, log)[0]
+    if code:
+        return code
+    costs: dict[str, Any] = {"cpu_minutes": None if resumed else round(cpu / 60, 1)}  # of a resumed run, only a part
+    costs["memory_mib"] = {name: round(value) for name, value in measure(ROOT / run.recipe, run.sets).items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result(run, start, folder, memory), indent=1) + "\n"
-    result_of(run).write_text(text, encoding="utf-8")
+    result_of(run).write_text(json.dumps(result(run, start, folder) | costs, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def result(run: Run, command: list[str], folder: Path, memory: dict[str, float]) -> dict[str, Any]:
+def child(words: list[str], environment: dict[str, str], log: IO[str]) -> tuple[int, float]:
+    """Run `fewstep WORDS`.  Returns its exit code and the seconds of processor time that it took, all threads together:
+    unlike the wall's, they say little about what else the machine did."""
+    command = [sys.executable, "-m", "fewstep.cli", *words]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
+def result(run: Run, command: list[str], folder: Path) -> dict[str, Any]:
     """What is kept of a finished run: how it was made, on what, and what came out."""
     judged = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     rows = {row["model"]: row for row in judged["rows"]}
@@ -126,7 +135,6 @@ def result(run: Run, command: list[str], folder: Path, memory: dict[str, float])
         "student": rows["student"],
         "teacher": rows["teacher"],
         "minutes": round(seconds / 60, 1),
-        "memory_mib": {name: round(value) for name, value in memory.items()},
         "protocol_hash": judged["protocol_hash"],
         "training": judged["training"],
     }
@@ -139,14 +147,25 @@ def result_of(run: Run) -> Path:
 
 def table() -> str:
     """The results so far as a markdown table, each teacher's best stored figures above its students."""
-    head = ["teacher", "weights", "GAN", "steps", *COLUMNS.values(), "minutes", "allocated MiB", "VmHWM MiB"]
+    head = [
+        "teacher",
+        "weights",
+        "GAN",
+        "steps",
+        *COLUMNS.values(),
+        "minutes",
+        "CPU minutes",
+        "allocated MiB",
+        "VmHWM MiB",
+    ]
     lines, teachers = [head, ["---"] * len(head)], set()
     for found in (json.loads(result_of(run).read_text("utf-8")) for run in RUNS if result_of(run).is_file()):
         run, memory = Run(**found["run"]), found["memory_mib"]
         if run.teacher not in teachers:
             teachers.add(run.teacher)
-            lines.append([run.teacher, "-", "-", str(found["teacher"]["steps"]), *_figures(found["teacher"]), *"---"])
-        costs = [f"{found['minutes']:.1f}", str(memory["allocated"]), str(memory["resident"])]
+            lines.append([run.teacher, "-", "-", str(found["teacher"]["steps"]), *_figures(found["teacher"]), *"----"])
+        cpu = "-" if found["cpu_minutes"] is None else f"{found['cpu_minutes']:.1f}"
+        costs = [f"{found['minutes']:.1f}", cpu, str(memory["allocated"]), str(memory["resident"])]
         told = ["", run.sharing, "yes" if run.gan else "no", str(run.num_steps)]
         lines.append([*told, *_figures(found["student"]), *costs])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

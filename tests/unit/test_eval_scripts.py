@@ -66,27 +66,40 @@ def test_table_shows_the_teacher_once_and_a_missing_figure_as_a_dash(tmp_path, m
         row = {"figures": {"fmd": 1.5, "agreement": 0.9}, "spread": {"fmd": 0.02, "agreement": 0.0}, "steps": 1}
         teacher = {"figures": {"fmd": 1.25}, "spread": None, "steps": 50}
         memories = {"allocated": 100, "resident": 900}
-        found = {"run": vars(run), "student": row, "teacher": teacher, "minutes": 3.14, "memory_mib": memories}
+        found = {
+            "run": vars(run),
+            "student": row,
+            "teacher": teacher,
+            "minutes": 3.14,
+            "cpu_minutes": 2.8,
+            "memory_mib": memories,
+        }
         benchmark.result_of(run).write_text(json.dumps(found))
     lines = benchmark.table().splitlines()
     assert lines[2:] == [
-        "| fashion-dit | - | - | 50 | 1.250 | - | - | - | - | - | - | - |",
-        "|  | copies | no | 1 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 100 | 900 |",
-        "|  | copies | no | 2 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 100 | 900 |",
+        "| fashion-dit | - | - | 50 | 1.250 | - | - | - | - | - | - | - | - |",
+        "|  | copies | no | 1 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 2.8 | 100 | 900 |",
+        "|  | copies | no | 2 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 2.8 | 100 | 900 |",
     ]
 
 
 def test_a_run_is_made_by_the_commands_of_a_user(tmp_path, monkeypatch):
     """Both are words that the command line takes; a folder with a run in it is resumed."""
     called = []
-
-    class Done:
-        returncode = 3
-
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **_: called.append(command[3:]) or Done())
+    monkeypatch.setattr(benchmark, "child", lambda words, *_: called.append(words) or (3, 0.0))
     run = benchmark.RUNS[0]
     assert benchmark.make(run, tmp_path / run.name, {}) == 3  # and no evaluation after a failed training
     (tmp_path / run.name / "config.yaml").write_text("")
     benchmark.make(run, tmp_path / run.name, {})
     assert len(called) == 2 and called[1] == [*called[0], "--resume"]
     assert CliRunner().invoke(cli.app, [*called[0], "--help"]).exit_code == 0
+
+
+def test_a_child_is_timed_by_its_own_processor_time(tmp_path, monkeypatch):
+    """Fails with the time of all children: two runs at once would be counted twice."""
+    monkeypatch.setattr(benchmark.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    (tmp_path / "sh").write_text("")
+    with (tmp_path / "log").open("w") as log:
+        code, seconds = benchmark.child(["nothing"], {}, log)
+    assert code != 0 and 0 <= seconds < 1

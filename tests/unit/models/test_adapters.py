@@ -59,6 +59,29 @@ def test_new_adapters_change_nothing(name: str):
     assert torch.equal(trio.critic()(*call).raw, wanted)
 
 
+def test_an_adapter_adds_alpha_over_rank_times_ba():
+    """By hand, alpha / rank = 3 / 2.  Fails if alpha alone scales the update, or nothing does."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 3))
+    plain, x = copy.deepcopy(net), torch.randn(4, 5)
+    add_lora(net, LoRA(rank=2, alpha=3.0))
+    a, b = lora_weights(net).values()
+    with torch.no_grad():
+        b.normal_()
+    assert_close(net(x), plain(x) + 1.5 * x @ a.T @ b.T)
+
+
+def test_adapters_start_from_their_seed_alone():
+    """Fails if A is drawn from torch's global generator: two processes would start from different adapters."""
+    starts = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        net = nn.Sequential(nn.Linear(5, 3))
+        add_lora(net, LoRA(rank=2), seed=7)
+        starts.append(next(iter(lora_weights(net).values())))
+    assert torch.equal(*starts)
+
+
 @pytest.mark.parametrize("name", TEACHERS)
 def test_an_adapter_changes_its_own_role_alone(name: str):
     """Fails if two roles share one skeleton, whose adapters then act on both."""

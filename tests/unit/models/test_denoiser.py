@@ -38,6 +38,14 @@ def test_an_unknown_tap_is_named():
         student()(torch.zeros(3, 2), torch.zeros(3), Condition(), taps=("blocks.7",))
 
 
+def test_what_runs_twice_in_one_forward_cannot_be_tapped():
+    """Prompts of two lengths take two calls.  Fails if the last call's features stand for the whole batch."""
+    net = Denoiser(CogView4(tiny_transformer(), 4), RectifiedFlow(), "flow")
+    cond = Condition({"text": torch.randn(3, 16, 16), "length": torch.tensor([5, 16, 5])})
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.0 ran twice"):
+        net(torch.randn(3, *LATENTS), torch.full((3,), 0.5), cond, taps=("transformer_blocks.0",))
+
+
 def test_a_bf16_network_answers_in_float32_views():
     """Fails if x0 is formed in the network's dtype."""
     net = student().to(torch.bfloat16)

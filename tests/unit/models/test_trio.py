@@ -1,5 +1,7 @@
 """Who may train when, and that the three roles hold weights of their own."""
 
+import copy
+
 import pytest
 import torch
 
@@ -28,6 +30,14 @@ def test_only_the_named_player_requires_gradients_and_nobody_afterwards():
             assert not any(p.requires_grad for p in other.parameters())
             assert not any(p.requires_grad for p in trio.real_score.parameters())
         assert not any(p.requires_grad for p in mine)
+
+
+def test_a_turn_freezes_a_real_score_that_came_trainable():
+    """Fails if the turn trusts its caller: a GAN on the teacher's features would pile up gradients in it."""
+    trio = build()
+    trio.real_score = copy.deepcopy(trio.critic()).requires_grad_(True)
+    with trio.turn("critic"):
+        assert not any(p.requires_grad for p in trio.real_score.parameters())
 
 
 def test_a_turn_ends_even_if_its_loss_raises():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 from torch.testing import assert_close
 
 from fewstep.diffusion import RectifiedFlow
@@ -142,6 +143,50 @@ def test_the_critics_turn_moves_head_and_own_features_but_nobody_else(features: 
     before_the_tap = players.critic().backbone.module[0].weight
     assert (before_the_tap.grad is not None) == (features == "fake")
     assert all(p.grad is None for net in (players.generator, players.real_score) for p in net.parameters())
+
+
+def test_the_critics_losses_reach_no_generator_whoever_trains():
+    """Fails if the turn alone keeps it out: without no_grad, the rollout's graph would be kept and walked."""
+    players = trio()
+    for network in (players.generator, players.critic(), players.discriminator()):
+        network.requires_grad_(True)
+    for loss in GAN.critic_loss(players, batch(), rng("critic")):
+        loss.total.backward()
+    assert all(p.grad is None for p in players.generator.parameters())
+
+
+def test_the_critics_gan_loss_by_hand():
+    """Value and gradients.  Fails with real and fake exchanged, R1 subtracted, or one of R1's logits detached."""
+    players, x = trio(), torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    method = DMD2(guidance=1.0, gan_weight=0.5, gan_critic_weight=0.1, r1_weight=2.0)
+    with players.turn("critic"):
+        found = method.gan_critic_loss(players, batch(), x, rng("critic")).total
+        draws = rng("critic")
+        level = method.noise(REAL, draws, "gan.real")
+        real = method.logits(players, REAL, CAPTION, *level)
+        fake = method.logits(players, x, PROMPT, *method.noise(x, draws, "gan.fake"))
+        shaken = method.logits(players, REAL + 0.1 * draws.randn_like(REAL, "gan.r1"), CAPTION, *level)
+        r1 = (shaken - real).square().mean() / 0.1**2
+        wanted = 0.1 * (softplus(-real).mean() + softplus(fake).mean() + 2.0 * r1)
+        head = list(players.discriminator().parameters())
+        assert_close(found, wanted)
+        assert_close(torch.autograd.grad(found, head), torch.autograd.grad(wanted, head))
+
+
+def test_the_generators_gan_loss_by_hand():
+    """Its gradient is added to the matching term's.  Fails if it is subtracted, or its weight is left out."""
+    players, draws = trio(), rng()
+    with players.turn("generator"):
+        weights = players.weights("generator")
+        matching, both = (
+            torch.autograd.grad(method.generator_loss(players, batch(), rng()).total, weights)
+            for method in (DMD2(guidance=1.0), GAN)
+        )
+        x = GAN.rollout(players, batch(), draws).x
+        logits = GAN.logits(players, x, PROMPT, *GAN.noise(x, draws, "gan"))
+        gan = torch.autograd.grad(0.5 * softplus(-logits).mean(), weights)
+    for found, first, second in zip(both, matching, gan):
+        assert_close(found, first + second)
 
 
 def test_real_samples_come_with_their_own_captions():
