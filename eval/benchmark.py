@@ -70,18 +70,18 @@ RUNS = tuple(
 def main() -> int:
     """Make the missing results, or print the table; 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [run.name for run in RUNS]
+    names = {run.name: run for run in RUNS}
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {', '.join(names)}")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the processors")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing else")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(names):
+    if unknown := set(options.names) - names.keys():
         parser.error(f"not known: {', '.join(sorted(unknown))}; allowed: {', '.join(names)}")
     if options.table:
         print(table())
         return 0
-    wanted = [run for run in RUNS if run.name in (options.names or names) and not result_of(run).is_file()]
+    wanted = [run for run in map(names.__getitem__, options.names or names) if not result_of(run).is_file()]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool, bar("benchmark", len(wanted), lines=True) as done:
