@@ -8,6 +8,7 @@ measured on GPUs, is that communication does not overlap with the backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,21 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
         flat = mean(torch.cat([grad.flatten() for grad in bucket]), accelerator)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(part.view_as(grad))
+
+
+@contextmanager
+def failing_together(what: str, accelerator: Accelerator) -> Iterator[None]:
+    """What one process does while the others wait at the end: an error there ends them all, not that one alone.
+
+    Raises RuntimeError on the others, which would else wait for ever.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:  # the error itself goes on once all processes know
+        if largest(failed, accelerator) and not failed:
+            raise RuntimeError(f"{what} failed on another process")
 
 
 def prepare(module: nn.Module, accelerator: Accelerator) -> None:

@@ -204,18 +204,14 @@ class Trainer:
             self.tracker.log(done, row, images=done * self.config.batch_size)
 
     def _evaluate(self, done: int) -> bool:
-        """Judge the averaged student on the main process; True on all if it is the best so far.
-
-        An error ends all processes, after a checkpoint: the others would wait for the main one for ever.
-        """
-        improved, failed = False, True
+        """Judge the averaged student on the main process; True on all if it is the best so far.  On errors, save."""
+        improved = False
         try:
-            improved, failed = self._judge(done), False
-        finally:  # an error goes on once all processes know
-            if self._agree(failed):
-                self.save()
-                if not failed:
-                    raise RuntimeError("the evaluation failed on the main process")
+            with parallel.failing_together("the evaluation", self.accelerator):
+                improved = self._judge(done)
+        except BaseException:
+            self.save()
+            raise
         return bool(self._agree(improved))
 
     def _judge(self, done: int) -> bool:
@@ -240,12 +236,12 @@ class Trainer:
         """Write a checkpoint of the present iteration, then delete what `keep` does not cover."""
         folder = checkpoint.folder_of(self.out, self.progress.iteration)
         unlogged = {k: parallel.mean(torch.stack(v), self.accelerator) for k, v in self._sums.items()}
-        if self.accelerator.is_main_process:
-            checkpoint.write(folder, self._state(unlogged))
-            best = self.progress.best
-            kept = int(best["iteration"]) if best else None
-            checkpoint.prune(self.out, self.config.keep, kept, written=folder)
-        self.accelerator.wait_for_everyone()
+        with parallel.failing_together("saving", self.accelerator):
+            if self.accelerator.is_main_process:
+                checkpoint.write(folder, self._state(unlogged))
+                best = self.progress.best
+                kept = int(best["iteration"]) if best else None
+                checkpoint.prune(self.out, self.config.keep, kept, written=folder)
         return folder
 
     def _state(self, unlogged: dict[str, Tensor]) -> checkpoint.Checkpoint:

@@ -134,10 +134,24 @@ def stopped(out: Path) -> str:
     return "not stopped"
 
 
+def failed(out: Path) -> str:
+    """What each process says when the main one cannot write its checkpoint."""
+    trainer, _ = make(Trainer, out / "full", 1)
+    if trainer.accelerator.is_main_process:
+        (out / "full").mkdir()
+        (out / "full" / "checkpoints").write_text("a file where the folder should be")
+    try:
+        trainer.save()
+    except (OSError, RuntimeError) as error:
+        return type(error).__name__
+    return "saved"
+
+
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     for n, kind in CASES:
         seen, step_indices = gradients(folder, n, variant=kind)
         torch.save((seen, step_indices), folder / f"gradients-{kind}{n}.{rank}.pt")
     (folder / f"stopped.{rank}.json").write_text(json.dumps(stopped(folder)))
+    (folder / f"failed.{rank}.json").write_text(json.dumps(failed(folder)))
     torch.distributed.destroy_process_group()

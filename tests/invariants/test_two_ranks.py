@@ -63,3 +63,9 @@ def test_signal_to_one_rank_stops_both_at_the_same_iteration(ranks: Path):
     assert said[0] == said[1] and "stopped by signal 15" in said[0]
     names = sorted(path.name for path in (ranks / "checkpoints").iterdir())
     assert names == ["00000002", "00000005"]  # the best, which `keep` covers too, and the last
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_both(ranks: Path):
+    """Fails by hanging when the main process leaves `save` with an error that it keeps to itself."""
+    main, other = (json.loads((ranks / f"failed.{rank}.json").read_text()) for rank in range(2))
+    assert main in ("FileExistsError", "NotADirectoryError") and other == "RuntimeError"
