@@ -100,12 +100,15 @@ def make(run: Run, folder: Path, environment: dict[str, str]) -> int:
     resumed = ["--resume"] if (folder / "config.yaml").is_file() else []
     judge = ["eval", str(folder), "--seeds", str(SEEDS), "--n", str(SAMPLES), "--no-untrained"]
     folder.mkdir(parents=True, exist_ok=True)
+    spent = folder.parent / f"{run.name}.seconds"  # of the processor, by this run and what it resumes
     with (folder.parent / f"{run.name}.log").open("a", encoding="utf-8") as log:
-        training, cpu = child([*start, "--out", str(folder), *resumed], environment, log)
-        code = training or child(judge, environment, log)[0]
+        code, seconds = child([*start, "--out", str(folder), *resumed], environment, log)
+        seconds += float(spent.read_text("utf-8")) if spent.is_file() else 0.0
+        spent.write_text(f"{seconds}\n", encoding="utf-8")
+        code = code or child(judge, environment, log)[0]
     if code:
         return code
-    costs: dict[str, Any] = {"cpu_minutes": None if resumed else round(cpu / 60, 1)}  # of a resumed run, only a part
+    costs: dict[str, Any] = {"cpu_minutes": round(seconds / 60, 1)}
     costs["memory_mib"] = {name: round(value) for name, value in measure(ROOT / run.recipe, run.sets).items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     result_of(run).write_text(json.dumps(result(run, start, folder) | costs, indent=1) + "\n", encoding="utf-8")
@@ -133,7 +136,6 @@ def result(run: Run, command: list[str], folder: Path) -> dict[str, Any]:
         "command": " ".join(["fewstep", *command]),
         "iteration": judged["iteration"],
         "student": rows["student"],
-        "teacher": rows["teacher"],
         "minutes": round(seconds / 60, 1),
         "protocol_hash": judged["protocol_hash"],
         "training": judged["training"],
@@ -147,38 +149,36 @@ def result_of(run: Run) -> Path:
 
 def table() -> str:
     """The results so far as a markdown table, each teacher's best stored figures above its students."""
-    head = [
-        "teacher",
-        "weights",
-        "GAN",
-        "steps",
-        *COLUMNS.values(),
-        "minutes",
-        "CPU minutes",
-        "allocated MiB",
-        "VmHWM MiB",
-    ]
+    costs = ["minutes", "CPU minutes", "allocated MiB", "VmHWM MiB"]
+    head = ["teacher", "weights", "GAN", "steps", *COLUMNS.values(), *costs]
     lines, teachers = [head, ["---"] * len(head)], set()
     for found in (json.loads(result_of(run).read_text("utf-8")) for run in RUNS if result_of(run).is_file()):
-        run, memory = Run(**found["run"]), found["memory_mib"]
+        run = Run(**found["run"])
         if run.teacher not in teachers:
             teachers.add(run.teacher)
-            lines.append([run.teacher, "-", "-", str(found["teacher"]["steps"]), *_figures(found["teacher"]), *"----"])
-        cpu = "-" if found["cpu_minutes"] is None else f"{found['cpu_minutes']:.1f}"
-        costs = [f"{found['minutes']:.1f}", cpu, str(memory["allocated"]), str(memory["resident"])]
+            row = teachers_best(run.teacher)
+            lines.append([f"{run.teacher}, CFG {row['cfg']:g}", "-", "-", str(row["steps"]), *_figures(row), *"----"])
+        spent = [
+            *(f"{found[name]:.1f}" for name in ("minutes", "cpu_minutes")),
+            *map(str, found["memory_mib"].values()),
+        ]
         told = ["", run.sharing, "yes" if run.gan else "no", str(run.num_steps)]
-        lines.append([*told, *_figures(found["student"]), *costs])
+        lines.append([*told, *_figures(found["student"]["figures"], found["student"]["spread"]), *spent])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _figures(row: dict[str, Any]) -> list[str]:
-    spread = row["spread"] or {}
-    return [
-        f"{row['figures'][name]:.3f}" + (f" ± {spread[name]:.3f}" if name == "fmd" and spread else "")
-        if name in row["figures"]
-        else "-"
-        for name in COLUMNS
-    ]
+def teachers_best(teacher: str) -> dict[str, Any]:
+    """The stored row of most steps and samples that has the least FMD."""
+    path = ROOT / "fewstep" / "teachers" / "weights" / teacher / "teacher.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return max(rows, key=lambda row: (row["steps"], row["n"], -row["fmd"]))
+
+
+def _figures(figures: dict[str, float], spread: dict[str, float] | None = None) -> list[str]:
+    cells = [f"{figures[name]:.3f}" if name in figures else "-" for name in COLUMNS]
+    if spread:
+        cells[0] += f" ± {spread['fmd']:.3f}"
+    return cells
 
 
 if __name__ == "__main__":

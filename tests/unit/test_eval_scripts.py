@@ -61,23 +61,19 @@ def test_the_table_of_the_readme_is_that_of_the_results():
 
 
 def test_table_shows_the_teacher_once_and_a_missing_figure_as_a_dash(tmp_path, monkeypatch):
+    """The teacher's row is its best of most steps and samples."""
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    rows = [{"steps": steps, "n": 10, "cfg": cfg, "fmd": fmd} for steps, cfg, fmd in ((50, 2, 1.3), (50, 1.5, 1.25))]
+    stored = tmp_path / "fewstep" / "teachers" / "weights" / "fashion-dit" / "teacher.json"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(json.dumps({"rows": [{"steps": 4, "n": 10, "cfg": 1, "fmd": 1.0}, *rows]}))
     for run in benchmark.RUNS[:2]:
-        row = {"figures": {"fmd": 1.5, "agreement": 0.9}, "spread": {"fmd": 0.02, "agreement": 0.0}, "steps": 1}
-        teacher = {"figures": {"fmd": 1.25}, "spread": None, "steps": 50}
-        memories = {"allocated": 100, "resident": 900}
-        found = {
-            "run": vars(run),
-            "student": row,
-            "teacher": teacher,
-            "minutes": 3.14,
-            "cpu_minutes": 2.8,
-            "memory_mib": memories,
-        }
-        benchmark.result_of(run).write_text(json.dumps(found))
-    lines = benchmark.table().splitlines()
-    assert lines[2:] == [
-        "| fashion-dit | - | - | 50 | 1.250 | - | - | - | - | - | - | - | - |",
+        student = {"figures": {"fmd": 1.5, "agreement": 0.9}, "spread": {"fmd": 0.02, "agreement": 0.0}}
+        costs = {"minutes": 3.14, "cpu_minutes": 2.8, "memory_mib": {"allocated": 100, "resident": 900}}
+        benchmark.result_of(run).write_text(json.dumps({"run": vars(run), "student": student, **costs}))
+    assert benchmark.table().splitlines()[2:] == [
+        "| fashion-dit, CFG 1.5 | - | - | 50 | 1.250 | - | - | - | - | - | - | - | - |",
         "|  | copies | no | 1 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 2.8 | 100 | 900 |",
         "|  | copies | no | 2 | 1.500 ± 0.020 | 0.900 | - | - | - | 3.1 | 2.8 | 100 | 900 |",
     ]
@@ -96,10 +92,18 @@ def test_a_run_is_made_by_the_commands_of_a_user(tmp_path, monkeypatch):
 
 
 def test_a_child_is_timed_by_its_own_processor_time(tmp_path, monkeypatch):
-    """Fails with the time of all children: two runs at once would be counted twice."""
-    monkeypatch.setattr(benchmark.sys, "executable", "/bin/sh")
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    (tmp_path / "sh").write_text("")
+    """Fails with the wall's time, and with that of all children: two runs at once would be counted twice."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nsleep 1\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(benchmark.sys, "executable", str(script))
     with (tmp_path / "log").open("w") as log:
-        code, seconds = benchmark.child(["nothing"], {}, log)
-    assert code != 0 and 0 <= seconds < 1
+        code, seconds = benchmark.child(["distill"], {}, log)
+    assert code == 3 and 0 <= seconds < 0.5
+
+
+def test_the_processor_time_of_a_resumed_run_holds_that_of_its_first_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "child", lambda *_: (3, 60.0))
+    for _ in range(2):
+        benchmark.make(benchmark.RUNS[0], tmp_path / benchmark.RUNS[0].name, {})
+    assert float((tmp_path / f"{benchmark.RUNS[0].name}.seconds").read_text()) == 120
