@@ -4,7 +4,7 @@ VENV      ?= .venv#     an existing environment with torch may be named instead:
 INDEX_URL ?=#           where torch comes from, e.g. https://download.pytorch.org/whl/cpu (no CUDA libraries)
 JOBS      ?= 2#         test processes, one torch thread each
 STAGE     ?= all#       make teachers STAGE=classifier|references|text|clip|vae|dit|reals|unet|card
-ARGS      ?=#           passed on to pytest
+ARGS      ?=#           passed on to pytest, or to tests.mutants
 OWN       := $(if $(filter .venv,$(strip $(VENV))),yes)
 VENV      := $(strip $(VENV))
 PY        := $(VENV)/bin/python
@@ -17,7 +17,7 @@ OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clock demo test test-all oracles check format smoke index teachers clean
+.PHONY: help setup clock demo test test-all oracles mutants check format smoke index teachers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,6 +31,8 @@ oracles: setup  ## the metrics against clean-fid's and torch-fidelity's own (wit
 	test -d build/oracles || $(PY) -m pip install -q --no-deps --target build/oracles $(ORACLES)
 	PYTHONPATH=build/oracles $(PY) -c "import cleanfid.fid, torch_fidelity.metric_fid"
 	PYTHONPATH=build/oracles $(PY) -m pytest -q tests/unit/metrics $(ARGS)
+mutants: setup  ## put known bugs in, one by one, and see that a test catches each
+	$(PY) -m tests.mutants $(ARGS)
 check: setup  ## formatting, lint, types, import rules
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .

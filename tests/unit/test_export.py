@@ -24,6 +24,9 @@ STUDENTS = {
     "unet-stochastic": {"num_steps": 4, "stochastic": True},
     "unet-deterministic": {"num_steps": 3, "stochastic": False},
     "unet-v": {"num_steps": 4, "stochastic": True},
+    "told-earlier": {"num_steps": 1, "first_time": 0.4},
+    "unet-told-earlier": {"num_steps": 1, "first_time": 0.4},
+    "unet-told-earlier-4": {"num_steps": 4, "first_time": 0.4},
     "unet-lora": {"num_steps": 2, "train": {"device": "cpu", "generator": {"lr": 1e-2}, "sharing": "lora"}},
 }
 ALONE = """
@@ -107,7 +110,8 @@ def alone(exported):
 def test_pipeline_alone_makes_the_students_images(runs, alone, kind):
     """< 1e-4 in fp32.  Fails if the teacher's weights, scheduler or shift, other times or another seeding are exported
     ("shifted": if the network's timesteps are taken for the noise levels; "unet": if betas or prediction type are
-    others, or x_t is blended into x0 by LCM's own scalings; "lora": if the adapters are left out)."""
+    others, or x_t is blended into x0 by LCM's own scalings; "told": if the noise is scaled to the time told; "lora": if
+    the adapters are left out)."""
     ours = runs[kind].student.sample(2, [PROMPT], SEED)
     for i in range(2):
         assert_close(alone[kind][i], ours[i], atol=1e-4, rtol=0)

@@ -249,7 +249,7 @@ def test_a_run_leaves_no_trace_on_the_teacher():
 
 
 def test_averages_of_adapters_leave_the_shared_weights_alone():
-    """Fails with an average over all parameters: it would write into the teacher."""
+    """Fails if the average shares the adapter too: it would be the student itself."""
     trio = trio_of("unet", "lora")
     before = copy.deepcopy(trio.real_score.backbone.module.state_dict())
     ema = EMA(trio.generator, 0.5)
@@ -260,6 +260,13 @@ def test_averages_of_adapters_leave_the_shared_weights_alone():
     assert any(
         not torch.equal(a, b) for a, b in zip(ema.denoiser.weights().values(), trio.generator.weights().values())
     )
+
+
+def test_averages_of_adapters_leave_a_bf16_teacher_as_it_is():
+    """Fails if all that the average holds is widened to float32: the shared tensors are the teacher's own."""
+    trio = Trio.build(dit().to(torch.bfloat16), ROLES, sharing="lora", lora=LoRA(rank=2))
+    EMA(trio.generator, 0.9)
+    assert {p.dtype for p in trio.real_score.parameters()} == {torch.bfloat16}
 
 
 def test_targets_choose_layers_and_unknown_ones_are_named():

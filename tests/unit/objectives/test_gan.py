@@ -145,6 +145,13 @@ def test_the_critics_turn_moves_head_and_own_features_but_nobody_else(features: 
     assert all(p.grad is None for net in (players.generator, players.real_score) for p in net.parameters())
 
 
+def test_a_tap_is_what_its_module_gave():
+    """Fails if the hook keeps the module's input."""
+    critic = trio().critic()
+    made = critic(REAL, torch.full((6,), 0.5), PROMPT, taps=("1",))
+    assert torch.equal(critic.backbone.module[2](made.taps["1"]), made.raw)
+
+
 def test_the_critics_losses_reach_no_generator_whoever_trains():
     """Fails if the turn alone keeps it out: without no_grad, the rollout's graph would be kept and walked."""
     players = trio()
