@@ -82,10 +82,11 @@ def main() -> int:
         print(table())
         return 0
     wanted = [run for run in map(names.__getitem__, options.names or names) if not result_of(run).is_file()]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
+    # For the children.  More threads than processors would wait for each other, many times longer than they work.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool, bar("benchmark", len(wanted), lines=True) as done:
-        for run, code in zip(wanted, pool.map(lambda run: make(run, options.out / run.name, environment), wanted)):
+        for run, code in zip(wanted, pool.map(lambda run: make(run, options.out / run.name), wanted)):
             done(1)
             if code:
                 failed.append(run.name)
@@ -94,7 +95,7 @@ def main() -> int:
     return bool(failed)
 
 
-def make(run: Run, folder: Path, environment: dict[str, str]) -> int:
+def make(run: Run, folder: Path) -> int:
     """Train, evaluate and measure a run in child processes, and store its result.  Returns the first failure's code."""
     start = ["distill", "--config", run.recipe, *(word for value in run.sets for word in ("--set", value))]
     resumed = ["--resume"] if (folder / "config.yaml").is_file() else []
@@ -102,10 +103,11 @@ def make(run: Run, folder: Path, environment: dict[str, str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     spent = folder.parent / f"{run.name}.seconds"  # of the processor, by this run and what it resumes
     with (folder.parent / f"{run.name}.log").open("a", encoding="utf-8") as log:
-        code, seconds = child([*start, "--out", str(folder), *resumed], environment, log)
+        code, seconds = child([*start, "--out", str(folder), *resumed], log)
         seconds += float(spent.read_text("utf-8")) if spent.is_file() else 0.0
         spent.write_text(f"{seconds}\n", encoding="utf-8")
-        code = code or child(judge, environment, log)[0]
+        if not (folder / "eval.json").is_file():
+            code = code or child(judge, log)[0]
     if code:
         return code
     costs: dict[str, Any] = {"cpu_minutes": round(seconds / 60, 1)}
@@ -115,11 +117,11 @@ def make(run: Run, folder: Path, environment: dict[str, str]) -> int:
     return 0
 
 
-def child(words: list[str], environment: dict[str, str], log: IO[str]) -> tuple[int, float]:
+def child(words: list[str], log: IO[str]) -> tuple[int, float]:
     """Run `fewstep WORDS`.  Returns its exit code and the seconds of processor time that it took, all threads together:
     unlike the wall's, they say little about what else the machine did."""
     command = [sys.executable, "-m", "fewstep.cli", *words]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_utime + usage.ru_stime

@@ -84,9 +84,9 @@ def test_a_run_is_made_by_the_commands_of_a_user(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(benchmark, "child", lambda words, *_: called.append(words) or (3, 0.0))
     run = benchmark.RUNS[0]
-    assert benchmark.make(run, tmp_path / run.name, {}) == 3  # and no evaluation after a failed training
+    assert benchmark.make(run, tmp_path / run.name) == 3  # and no evaluation after a failed training
     (tmp_path / run.name / "config.yaml").write_text("")
-    benchmark.make(run, tmp_path / run.name, {})
+    benchmark.make(run, tmp_path / run.name)
     assert len(called) == 2 and called[1] == [*called[0], "--resume"]
     assert CliRunner().invoke(cli.app, [*called[0], "--help"]).exit_code == 0
 
@@ -98,12 +98,12 @@ def test_a_child_is_timed_by_its_own_processor_time(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setattr(benchmark.sys, "executable", str(script))
     with (tmp_path / "log").open("w") as log:
-        code, seconds = benchmark.child(["distill"], {}, log)
+        code, seconds = benchmark.child(["distill"], log)
     assert code == 3 and 0 <= seconds < 0.5
 
 
 def test_the_processor_time_of_a_resumed_run_holds_that_of_its_first_part(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "child", lambda *_: (3, 60.0))
     for _ in range(2):
-        benchmark.make(benchmark.RUNS[0], tmp_path / benchmark.RUNS[0].name, {})
+        benchmark.make(benchmark.RUNS[0], tmp_path / benchmark.RUNS[0].name)
     assert float((tmp_path / f"{benchmark.RUNS[0].name}.seconds").read_text()) == 120
