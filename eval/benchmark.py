@@ -104,7 +104,7 @@ def make(run: Run, folder: Path) -> int:
     spent = folder.parent / f"{run.name}.seconds"  # of the processor, by this run and what it resumes
     with (folder.parent / f"{run.name}.log").open("a", encoding="utf-8") as log:
         code, seconds = child([*start, "--out", str(folder), *resumed], log)
-        seconds += float(spent.read_text("utf-8")) if spent.is_file() else 0.0
+        seconds += float(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
         spent.write_text(f"{seconds}\n", encoding="utf-8")
         if not (folder / "eval.json").is_file():
             code = code or child(judge, log)[0]
