@@ -10,7 +10,8 @@ from fewstep.models.denoiser import Denoiser
 class EMA:
     """A float32 average of a denoiser's weights, with a warm-up so that early averages forget the start.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)); decay 0 follows the weights exactly.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)).  Decay 0 averages nothing and holds no second copy: its
+    denoiser is the source itself, to be put into eval mode while it is used.
     Raises ValueError if decay is not in [0, 1).
     """
 
@@ -21,6 +22,9 @@ class EMA:
             )
         self.decay = decay
         self.updates = 0
+        self.denoiser = source
+        if not decay:
+            return
         self.denoiser = source.twin().eval()
         for p in self.denoiser.weights().values():
             p.requires_grad_(False)
@@ -32,6 +36,8 @@ class EMA:
         """Move the average towards `source`'s present weights; buffers are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
+        if source is self.denoiser:
+            return
         for mean, p in zip(self.denoiser.weights().values(), source.weights().values(), strict=True):
             mean.lerp_(p.to(mean.dtype), 1 - decay)
         for mean, b in zip(self.denoiser.buffers(), source.buffers(), strict=True):

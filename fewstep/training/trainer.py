@@ -217,7 +217,10 @@ class Trainer:
     def _judge(self, done: int) -> bool:
         if self.monitor is None or not self.accelerator.is_main_process:
             return False
-        figures = self.monitor.evaluate(self.ema.denoiser, done)
+        student = self.ema.denoiser
+        training = student.training  # without an average, it is the generator itself
+        figures = self.monitor.evaluate(student.eval(), done)
+        student.train(training)
         rank = figures.pop("rank", None)
         self.tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
         self.tracker.say(f"iteration {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))

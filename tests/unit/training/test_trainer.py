@@ -222,6 +222,23 @@ def test_network_that_draws_from_the_global_generator_resumes_exactly(trainer_of
     assert not same(weights(whole.players["generator"]), weights(first.players["generator"]))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_student_is_judged_in_eval_mode_and_trained_in_train_mode(decay: float, trainer_of: TrainerOf):
+    """Fails if the generator, which is judged itself where nothing is averaged, keeps its dropout or loses it."""
+    seen = []
+
+    class Judge:
+        def evaluate(self, student: Any, iteration: int) -> dict[str, float]:
+            seen.append((student is trainer.trio.generator, student.training))
+            return {}
+
+    trainer = trainer_of(dropout=True, ema=decay, iterations=2, evaluate_every=1)
+    trainer.monitor = Judge()
+    trainer.run()
+    assert seen == 2 * [(decay == 0, False)]
+    assert trainer.trio.generator.training
+
+
 def test_dropout_does_draw(trainer_of: TrainerOf):
     """Guards the test above."""
     trainer = trainer_of(dropout=True)
