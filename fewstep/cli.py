@@ -125,10 +125,8 @@ def evaluate(
     ] = 50_000_000,
     seeds: Annotated[int, typer.Option(help="Sets of --n samples; with more than one, means and deviations.")] = 1,
     which: flags.Which = "best",
-    recompute_teacher: Annotated[
-        bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
-    ] = False,
-    untrained: Annotated[bool, typer.Option(help="Also measure the student as it was before training.")] = True,
+    recompute_teacher: flags.RecomputeTeacher = False,
+    untrained: flags.Untrained = True,
     device: flags.Device = "auto",
     batch_size: flags.BatchSize = 250,
     plugin: flags.Plugin = None,

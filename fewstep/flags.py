@@ -51,3 +51,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")]
 BatchSize = Annotated[int, typer.Option(help="Images made at a time; what an image is made of does not depend on it.")]
 Which = Annotated[str, typer.Option(help="Checkpoint: best (by the running figure) or last.")]
+RecomputeTeacher = Annotated[
+    bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
+]
+Untrained = Annotated[bool, typer.Option(help="Also measure the student as it was before training.")]

@@ -205,13 +205,14 @@ class Trainer:
 
     def _evaluate(self, done: int) -> bool:
         """Judge the averaged student on the main process; True on all if it is the best so far.  On errors, save."""
-        improved = False
+        improved, failed = False, True
         try:
             with parallel.failing_together("the evaluation", self.accelerator):
                 improved = self._judge(done)
-        except BaseException:
-            self.save()
-            raise
+            failed = False
+        finally:
+            if failed:
+                self.save()
         return bool(self._agree(improved))
 
     def _judge(self, done: int) -> bool:
