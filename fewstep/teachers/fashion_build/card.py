@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -103,6 +104,13 @@ SUBJECTS = (
 )
 
 
+@cache
+def suite_of(out: Path) -> Suite:
+    """The classifier, CLIP and references of a folder of weights."""
+    labels = {caption: label for label in range(len(CLASS_NAMES)) for caption in captions_of(label)}
+    return load_suite(labels, folder=out / "fashion-classifier", clip=out / "fashion-clip")
+
+
 def measure(draw: Draw, suite: Suite, cell: Cell, *, workers: int) -> dict:
     """Sample a cell in chunks, shared between single-threaded workers, and return its row: cell, figures, seconds."""
     start = time.monotonic()
@@ -182,8 +190,7 @@ def build_card(data: Path, out: Path, work: Path, minutes: float | None = None) 
     for subject, report in reports.items():
         write_report(subject, report, out)
     draws = {s: s.opened(out / s.name) for s, report in reports.items() if pending(report["rows"])}
-    labels = {caption: label for label in range(len(CLASS_NAMES)) for caption in captions_of(label)}
-    suite = load_suite(labels, folder=out / "fashion-classifier", clip=out / "fashion-clip")
+    suite = suite_of(out)
     start, workers = time.monotonic(), torch.get_num_threads()
     while waiting := [s for s, report in reports.items() if pending(report["rows"])]:
         for subject in waiting:

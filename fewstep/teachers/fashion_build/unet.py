@@ -19,9 +19,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from fewstep.metrics.features import load_fashion_classifier, load_reference
 from fewstep.teachers.fashion_build.captions import all_captions, balanced_prompts
-from fewstep.teachers.fashion_build.card import FEW, FEW_SEED, Cell, Draw, measure
+from fewstep.teachers.fashion_build.card import FEW, FEW_SEED, Cell, Draw, measure, suite_of
 from fewstep.teachers.fashion_build.dit import draw_captions, precompute
 from fewstep.teachers.fashion_build.loop import Plan, read_json, read_notes, train, write_json, write_note
 from fewstep.teachers.fashion_build.pipeline import LATENT_SIZE, NUM_TRAIN_TIMESTEPS, load_pipeline, sample_noise
@@ -185,17 +184,13 @@ def build_unet(data: Path, out: Path, work: Path, minutes: float | None = None) 
         t = torch.randint(NUM_TRAIN_TIMESTEPS, (BATCH,), generator=generator)
         return epsilon_loss(net, latents[index], text, eps, t, signal)
 
-    classifier, reference = (
-        load_fashion_classifier(out / "fashion-classifier"),
-        load_reference(out / "fashion-classifier"),
-    )
     last = 0.0
 
     def watch(averaged: UNet2DConditionModel, used: float) -> None:
         nonlocal last
         if used - last >= FIGURE_EVERY:
             save_unet(averaged, out)
-            row = measure(pipeline_draw(load_pipeline(folder)), classifier, reference, FIGURE, workers=workers)
+            row = measure(pipeline_draw(load_pipeline(folder)), suite_of(out), FIGURE, workers=workers)
             log.info("unet: %.1f min, %s", used, row)
             last = used
 

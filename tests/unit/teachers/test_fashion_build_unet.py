@@ -218,7 +218,7 @@ def fake_figures(monkeypatch, order, *, stop_after):
     subjects = tuple(replace(subject, opened=lambda folder: folder.name) for subject in card.SUBJECTS)
     monkeypatch.setattr(card, "SUBJECTS", subjects)
     monkeypatch.setattr(card, "measure", measure)
-    monkeypatch.setattr(card, "load_suite", lambda labels, **folders: None)
+    monkeypatch.setattr(card, "suite_of", lambda out: None)
 
 
 @needs_weights
