@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from eval.memory import measure
 from fewstep.bar import bar
+from fewstep.training.checkpoint import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results" / "benchmark"
@@ -113,7 +114,7 @@ def make(run: Run, folder: Path) -> int:
     costs: dict[str, Any] = {"cpu_minutes": round(seconds / 60, 1)}
     costs["memory_mib"] = {name: round(value) for name, value in measure(ROOT / run.recipe, run.sets).items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    result_of(run).write_text(json.dumps(result(run, start, folder) | costs, indent=1) + "\n", encoding="utf-8")
+    write_text(result_of(run), json.dumps(result(run, start, folder) | costs, indent=1) + "\n")
     return 0
 
 

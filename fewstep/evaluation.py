@@ -19,6 +19,7 @@ from fewstep.environment import describe, device_of
 from fewstep.metrics.suite import over_seeds
 from fewstep.sampling import Student, check_count, cycled, sample_teacher
 from fewstep.teachers.base import Evaluation
+from fewstep.training.checkpoint import write_text
 
 TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
 """Names of figures in tables, where they are not the keys themselves."""
@@ -134,7 +135,7 @@ def _write(run: Path, rows: list[Row], student: Student, which: str, protocol_ha
         "environment": describe(),
         "training": json.loads((run / "environment.json").read_text(encoding="utf-8")),
     }
-    (run / "eval.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(run / "eval.json", json.dumps(record, indent=1) + "\n")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     names = list(dict.fromkeys(name for row in rows for name in row.figures))

@@ -92,10 +92,10 @@ def fashion_evaluation(folder: Path) -> Evaluation | None:
     """
     if not (FASHION_CLASSIFIER / "model.safetensors").is_file():
         return None
-    from fewstep.teachers.fashion_build.captions import CLASS_NAMES, captions_of
+    from fewstep.teachers.fashion_build.captions import caption_labels
 
     classifier, reference = load_fashion_classifier(), load_reference()
-    label_of = {caption: label for label in range(len(CLASS_NAMES)) for caption in captions_of(label)}
+    label_of = caption_labels()
 
     def measure(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         features, logits = extract(classifier, images)

@@ -40,7 +40,7 @@ OURS = (
     "eval.csv",
     "eval.md",
 )
-LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp")
+LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp", "eval.tmp")
 """What a run writes into its folder (the latter if it is killed), and what --overwrite deletes."""
 COPY = (PROMPTS, "prompts.tmp")
 """Deleted with a run, but no sign of one: a user's own file may well have this name."""

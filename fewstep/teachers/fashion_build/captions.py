@@ -103,6 +103,11 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
+def caption_labels() -> dict[str, int]:
+    """Caption -> class, of all captions."""
+    return {caption: label for label in range(len(CLASS_NAMES)) for caption in captions_of(label)}
+
+
 def balanced_prompts(count: int, start: int = 0) -> tuple[list[str], list[int]]:
     """Prompts and class labels of samples start .. start + count - 1: class i mod 10, template (i // 10) mod 10."""
     indices = range(start, start + count)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.metrics.features import file_sha256
 from fewstep.metrics.suite import Suite, load_suite
 from fewstep.sampling import sample_teacher
-from fewstep.teachers.fashion_build.captions import CLASS_NAMES, all_captions, balanced_prompts, captions_of
+from fewstep.teachers.fashion_build.captions import all_captions, balanced_prompts, caption_labels
 from fewstep.teachers.fashion_build.classifier import protocol_hash, protocol_of
 from fewstep.teachers.fashion_build.loop import read_json, read_notes, write_json
 from fewstep.teachers.fashion_build.model_card import render_card
@@ -107,8 +107,7 @@ SUBJECTS = (
 @cache
 def suite_of(out: Path) -> Suite:
     """The classifier, CLIP and references of a folder of weights."""
-    labels = {caption: label for label in range(len(CLASS_NAMES)) for caption in captions_of(label)}
-    return load_suite(labels, folder=out / "fashion-classifier", clip=out / "fashion-clip")
+    return load_suite(caption_labels(), folder=out / "fashion-classifier", clip=out / "fashion-clip")
 
 
 def measure(draw: Draw, suite: Suite, cell: Cell, *, workers: int) -> dict:

@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextM
 
 from fewstep.metrics.clip_score import WEIGHTS, ClipScorer, read_clip
 from fewstep.metrics.features import dequantise, file_sha256
-from fewstep.teachers.fashion_build.captions import CLASS_NAMES, TEMPLATES, captions_of
+from fewstep.teachers.fashion_build.captions import CLASS_NAMES, TEMPLATES, all_captions
 from fewstep.teachers.fashion_build.data import Pictures, load_pictures
 from fewstep.teachers.fashion_build.loop import Plan, train, write_json
 from fewstep.teachers.fashion_build.text import WIDTH, caption_tokens, contrastive_loss
@@ -130,7 +130,7 @@ def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 def card_figures(scorer: ClipScorer, pictures: Pictures) -> dict[str, float]:
     """Zero-shot accuracy, and mean scores of pictures with the captions of their own class and of the nine others."""
     classes = torch.arange(len(CLASS_NAMES)).repeat_interleave(len(TEMPLATES))
-    read = scorer.embed_texts([caption for label in range(len(CLASS_NAMES)) for caption in captions_of(label)])
+    read = scorer.embed_texts(all_captions())
     cosines = torch.cat([scorer.embed_images(part) for part in pictures.images.split(500)]) @ read.T
     own = pictures.labels[:, None] == classes[None]
     return {
