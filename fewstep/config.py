@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-import fewstep.objectives.dmd2  # noqa: F401 - registers the methods
+import fewstep.objectives
 from fewstep.objectives.base import METHODS, Objective
 from fewstep.registry import nearest
 from fewstep.teachers.base import TEACHERS
 from fewstep.training.options import TrainConfig
+
+for _found in pkgutil.iter_modules(fewstep.objectives.__path__, "fewstep.objectives."):
+    importlib.import_module(_found.name)  # a method's file registers it
 
 SECTIONS = ("teacher", "method", "train", "prompts", "negative_prompt", "data")
 

@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import Clamped, DiscreteUniform, Law, RectifiedFlow, Shifted, guided
+from fewstep.diffusion import Law, RectifiedFlow, guided
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, register_objective
+from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
-from fewstep.objectives.terms import approximate_r1, denoising, distribution_matching, gan_critic, gan_generator
+from fewstep.objectives.terms import approximate_r1, distribution_matching, gan_critic, gan_generator
 from fewstep.rng import Rng
 from fewstep.types import Batch, Condition, Loss, Need, Role
 
@@ -89,7 +90,7 @@ class DMD2:
             fake = trio.critic()(x_t, t, batch.cond).x0  # never guided: it models the generator, not a sharpened one
         total, weight = distribution_matching(x, real, fake, floor=self.floor)
         gap = (fake - real).square().mean().sqrt()
-        metrics = {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **_moments(x)}
+        metrics = {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **moments(x)}
         if self.adversarial(rng) and rng.iteration > self.gan_start:  # by then the head has moved once
             loss = gan_generator(self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan")))
             total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
@@ -99,11 +100,7 @@ class DMD2:
         """Keep the fake score on the generator's present distribution by denoising its samples; then the GAN."""
         with torch.no_grad():
             x = self.rollout(trio, batch, rng).x
-            t = self.law(0, 999).sample(rng, "critic.t", x.device)
-            eps = rng.randn_like(x, "critic.eps")
-            x_t = trio.critic().schedule.add_noise(x, eps, t)
-        loss = denoising(trio.critic()(x_t, t, batch.cond), x, eps)
-        first = Loss(loss, {"critic": loss.detach()})
+        first = fit_fake_score(trio, x, batch.cond, self.law(0, 999), rng)
         return self._and_gan(first, trio, batch, x, rng) if self.adversarial(rng) else first
 
     def _and_gan(self, first: Loss, trio: Trio, batch: Batch, x: Tensor, rng: Rng) -> Iterator[Loss]:
@@ -161,14 +158,5 @@ class DMD2:
         return backward_simulation(trio.generator, batch, rng, self.sampler)
 
     def law(self, low: int, high: int) -> Law:
-        """Where samples are re-noised to: t = i / 999, i uniform over low..high, then through `shift`, a setting.
-
-        The indices bound t after the shift too, as flow ports of DMD2 do.  The teacher's own shift is not read.
-        """
-        return Clamped(Shifted(DiscreteUniform(low, high), self.shift), low / 999, high / 999)
-
-
-def _moments(x: Tensor) -> dict[str, Tensor]:
-    """Mean and spread of the samples: drift of either is the first sign of collapse or saturation."""
-    x = x.detach()
-    return {"x/mean": x.mean(), "x/std": x.std()}
+        """Where samples are re-noised to: `index_law` under `shift`."""
+        return index_law(low, high, self.shift)
