@@ -21,6 +21,7 @@ _WHERE = {
     "load_plugin": "fewstep.registry",
     "load_student": "fewstep.api",
     "load_teacher": "fewstep.api",
+    "make_pairs": "fewstep.training.pairs",
     "register_objective": "fewstep.objectives.base",
     "register_teacher": "fewstep.teachers.base",
 }
@@ -35,6 +36,7 @@ __all__ = [
     "load_plugin",
     "load_student",
     "load_teacher",
+    "make_pairs",
     "metrics",
     "models",
     "objectives",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from fewstep.registry import load_plugin
     from fewstep.sampling import Student
     from fewstep.teachers.base import register_teacher
+    from fewstep.training.pairs import make_pairs
 
 
 def __getattr__(name: str) -> Any:

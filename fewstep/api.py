@@ -17,11 +17,12 @@ from fewstep.sampling import Student
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.pipelines import load_teacher
 from fewstep.training import checkpoint
-from fewstep.training.data import read_prompts
 from fewstep.training.launch import CONFIG, PROMPTS, prepare
+from fewstep.training.pairs import make_pairs
+from fewstep.training.prompts import read_prompts
 from fewstep.training.trainer import Progress
 
-__all__ = ["Run", "distill", "load_student", "load_teacher", "run"]
+__all__ = ["Run", "distill", "load_student", "load_teacher", "make_pairs", "run"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def distill(
     prompts: str | None = None,
     negative_prompt: str | None = None,
     data: str | None = None,
+    pairs: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **method_options: Any,
@@ -57,13 +59,14 @@ def distill(
     What is not given comes from the packaged recipe of this teacher and method, else from the defaults.
     out: the run folder, by default runs/<teacher>-<method>.  train: further training settings, nested as in the
     configuration file.  prompts: a text file.  data: a folder of captioned pictures, for a GAN.
+    pairs: a folder that `make_pairs` wrote, for a method that regresses on the teacher's samples.
     method_options: fields of the method.  Raises ValueError or LookupError for bad values,
     Interrupted or Diverged if the run stops early.
     """
     name = teacher if isinstance(teacher, str) else teacher.card.name
     options = {} if isinstance(teacher, str) else teacher.options
     counts = {"iterations": iterations, "batch_size": batch_size, "seed": seed}
-    texts = {"prompts": prompts, "negative_prompt": negative_prompt, "data": data}
+    texts = {"prompts": prompts, "negative_prompt": negative_prompt, "data": data, "pairs": pairs}
     given = {
         "teacher": {"name": name, **options},
         "method": {"name": method, **({} if num_steps is None else {"num_steps": num_steps}), **method_options},

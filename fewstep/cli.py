@@ -6,7 +6,6 @@ fields for `list` come from index.json, which a test compares with the registrie
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -16,9 +15,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from fewstep import flags
+from fewstep import flags, listing
 
 app = typer.Typer(
     name="fewstep",
@@ -44,6 +42,7 @@ def distill(
     prompts: flags.Prompts = None,
     negative_prompt: flags.NegativePrompt = None,
     data: flags.Data = None,
+    pairs: flags.Pairs = None,
     device: flags.TrainDevice = None,
     precision: flags.Precision = None,
     sharing: flags.Sharing = None,
@@ -63,7 +62,7 @@ def distill(
     train = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "device": device}
     train |= {"precision": precision, "sharing": sharing, "gradient_checkpointing": gradient_checkpointing}
     lora = _given(rank=lora_rank, alpha=lora_alpha, targets=lora_targets or None) or None
-    paths = {name: str(path) for name, path in (("prompts", prompts), ("data", data)) if path}
+    paths = {name: str(path) for name, path in (("prompts", prompts), ("data", data), ("pairs", pairs)) if path}
     given = {
         "teacher": _given(name=teacher),
         "method": _given(name=method, num_steps=num_steps),
@@ -87,6 +86,36 @@ def distill(
         trainer, _ = prepare(resolved, folder, load, resume=resume, overwrite=overwrite, console=console)
     _run(trainer)
     say(f"done: {folder}. Next: fewstep eval {folder}, fewstep sample {folder}, fewstep export {folder} --to FOLDER")
+
+
+@app.command()
+def pairs(
+    teacher: flags.Teacher,
+    out: Annotated[Path, typer.Option(help="Folder to write, or to go on with.")],
+    n: Annotated[int, typer.Option("--n", "-n", help="Number of pairs.")] = 10_000,
+    num_steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Of the teacher; by default its own. Distil with it.")] = None,
+    prompts: flags.Prompts = None,
+    negative_prompt: flags.NegativePrompt = None,
+    seed: Annotated[int, typer.Option(help="Pair i is of the noise numbered seed + i.")] = 2_000_000,
+    device: flags.Device = "auto",
+    batch_size: flags.BatchSize = 250,
+    plugin: flags.Plugin = None,
+) -> None:
+    """Sample pairs of noise and teacher's ODE once, for methods that regress on them; a stopped build goes on."""
+    with border():
+        load_plugins(plugin)
+        from fewstep.api import load_teacher, make_pairs
+        from fewstep.bar import bar
+        from fewstep.environment import device_of
+        from fewstep.training.prompts import read_prompts
+
+        place, given = device_of(device), read_prompts(prompts) if prompts else None
+        loaded = load_teacher(str(teacher)).to(place)
+        options = {"num_steps": num_steps, "guidance": guidance, "prompts": given, "negative_prompt": negative_prompt}
+        with bar(f"pairs of {teacher}", n, console) as done:
+            make_pairs(loaded, out, n, **options, seed=seed, batch_size=batch_size, progress=done)
+    output.print(str(out), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -178,21 +207,8 @@ def show(
 ) -> None:
     """List teachers, methods or runs; with a method's name, its settings, defaults and their sources."""
     with border():
-        index = _index(plugin)
-    methods = index["methods"]
-    name = what.replace("-", "_")
-    if what == "teachers":
-        output.print(_table("teacher", "what it is", rows=list(index["teachers"].items())))
-    elif what == "methods":
-        output.print(_table("method", "what it is", rows=[(k, v["summary"]) for k, v in methods.items()]))
-    elif what == "runs":
-        with border():
-            output.print(_table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs))))
-    elif name in methods:
-        fields = [(f["name"], f["type"], f["default"], f["note"]) for f in methods[name]["fields"]]
-        output.print(_table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields))
-    else:
-        fail(f"nothing called {what!r} to list; allowed: teachers, methods, runs, {', '.join(methods)}")
+        load_plugins(plugin)
+        output.print(listing.table_of(what, runs, plugins=bool(plugin)))
 
 
 def main() -> None:
@@ -230,16 +246,6 @@ def load_plugins(paths: list[Path] | None) -> None:
         load_plugin(path)
 
 
-def _index(plugins: list[Path] | None) -> dict[str, Any]:
-    """What there is to list: the file made at build time, or with plugins the registries themselves."""
-    if not plugins:
-        return json.loads((Path(__file__).parent / "index.json").read_text(encoding="utf-8"))
-    from fewstep.index import build_index
-
-    load_plugins(plugins)
-    return build_index()
-
-
 def _run(trainer: Any) -> None:
     """Train; a signal ends with 128 + its number, a run that cannot go on with 1, each with one message."""
     from fewstep.sampling import NotFinite
@@ -263,36 +269,6 @@ def _which(value: str) -> Any:
     if value not in ("best", "last"):
         raise ValueError(f"--which {value!r} is not known; allowed: best, last")
     return value
-
-
-def _table(*columns: str, rows: list[Any]) -> Table:
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    return table
-
-
-def _runs(root: Path) -> Iterator[tuple[str, ...]]:
-    import yaml
-
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; name the one that holds the runs with --runs")
-    for path in sorted(root.glob("*/config.yaml")):
-        saved = sorted(path.parent.glob("checkpoints/*/state.json"))
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-            best = json.loads(saved[-1].read_text(encoding="utf-8"))["progress"]["best"] if saved else None
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{path.parent} cannot be listed: {error}") from error
-        done = saved[-1].parent.name.lstrip("0") if saved else "0"
-        found = f"{best['rank']:.4g} at {best['iteration']}" if best else "-"
-        yield (
-            str(path.parent),
-            config["teacher"]["name"],
-            config["method"]["name"],
-            f"{done}/{config['train']['iterations']}",
-            found,
-        )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,17 @@ class Real(NamedTuple):
     cond: Condition
 
 
+class Pair(NamedTuple):
+    """What a teacher's ODE makes of given noise.
+
+    noise: unit normals [B, C, H, W].  x0: its sample, the same shape.  cond: what it was made for.
+    """
+
+    noise: Tensor
+    x0: Tensor
+    cond: Condition
+
+
 @dataclass(frozen=True)
 class Batch:
     """The samples of one micro-batch.
@@ -70,12 +81,14 @@ class Batch:
     cond: their conditions.  shape: one sample's shape (C, H, W) in the space where diffusion runs.  sample_ids: their
     global indices, B of them; noise is keyed by them, so ranks and micro-batches draw what one big batch would.
     real: as many samples of the data, for a method whose `needs` name latents; unrelated to `cond`.
+    pair: as many of the teacher's pairs, for a method whose `needs` name pairs; unrelated to `cond`, too.
     """
 
     cond: Condition
     shape: tuple[int, ...]
     sample_ids: tuple[int, ...]
     real: Real | None = None
+    pair: Pair | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -5,36 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 
 import torch
 
 from fewstep.rng import key
 from fewstep.sampling import Advance
 from fewstep.teachers.base import PromptEncoder
+from fewstep.training.pairs import PairData
 from fewstep.training.reals import RealData
 from fewstep.types import Batch, Condition
-
-
-def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """One prompt a line, UTF-8; blank lines are skipped.
-
-    Raises FileNotFoundError if there is no such file and ValueError if it holds no prompt or is no text.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompt file at {path}; it holds one prompt per line, UTF-8")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one per line")
-    return prompts
-
 
 PIECE = 16
 """Prompts encoded between two words of progress."""
@@ -45,7 +24,7 @@ class PromptData:
 
     Sample i of the run gets prompt permutation(seed, i // N)[i % N]: every prompt once per epoch, the same on any
     number of processes.  Encoded once and kept; the encoders are free afterwards.
-    reals: real samples that come with each batch, under captions of their own.
+    reals, pairs: real samples, and pairs of the teacher's ODE, that come with each batch, under captions of their own.
     """
 
     def __init__(
@@ -56,14 +35,16 @@ class PromptData:
         seed: int,
         progress: Advance | None = None,
         reals: RealData | None = None,
+        pairs: PairData | None = None,
     ) -> None:
         self.prompts = tuple(prompts)
-        self.reals = reals
+        self.reals, self.pairs = reals, pairs
         self.shape = shape
         self.seed = seed
         digest = sha256("\n".join(self.prompts).encode())  # prompts hold no line ends
-        if reals is not None:
-            digest.update(reals.digest.encode())
+        for more in (reals, pairs):
+            if more is not None:
+                digest.update(more.digest.encode())
         self.digest = digest.hexdigest()
         self._conditions = _encoded(self.prompts, encode, progress)
         bad = [k for k, v in self._conditions.tensors.items() if v.is_floating_point() and not v.isfinite().all()]
@@ -86,8 +67,10 @@ class PromptData:
         """The micro-batch of these global sample indices."""
         rows = self.indices(sample_ids)
         tensors = {k: v[rows] for k, v in self._conditions.tensors.items()}
+        cond = Condition(tensors, self._conditions.null).to(device)
         real = self.reals.batch(sample_ids, device) if self.reals is not None else None
-        return Batch(Condition(tensors, self._conditions.null).to(device), self.shape, tuple(sample_ids), real)
+        pair = self.pairs.batch(sample_ids, device) if self.pairs is not None else None
+        return Batch(cond, self.shape, tuple(sample_ids), real, pair)
 
 
 def _encoded(prompts: Sequence[str], encode: PromptEncoder, progress: Advance | None) -> Condition:

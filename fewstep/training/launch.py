@@ -21,9 +21,11 @@ from fewstep.models.trio import Trio
 from fewstep.rng import key
 from fewstep.teachers.base import Teacher
 from fewstep.training import checkpoint
-from fewstep.training.data import PromptData, read_prompts
+from fewstep.training.data import PromptData
 from fewstep.training.options import TrainConfig
+from fewstep.training.pairs import PairData, PairsCard, read_card
 from fewstep.training.preview import Preview
+from fewstep.training.prompts import read_prompts
 from fewstep.training.reals import RealData, captioned_pictures, encoded
 from fewstep.training.trainer import Trainer
 
@@ -65,8 +67,10 @@ def prepare(
     given = _given_prompts(config, out, resume)
     if config.data is not None:
         captioned_pictures(Path(config.data))
+    card = _given_pairs(config)
     start = _open_folder(config, out, resume, overwrite)
     teacher = load()
+    _check_weights(card, teacher, config.pairs)
     if config.negative_prompt is not None:
         teacher = teacher.against(config.negative_prompt)
     prompts = given or teacher.prompts
@@ -75,8 +79,9 @@ def prepare(
     console = console if accelerator.is_main_process else Console(quiet=True)
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
     reals = _real_data(config, teacher, console) if "latents" in config.objective.needs else None
+    pairs = PairData(Path(config.pairs), teacher.encode, config.train.seed) if config.pairs else None
     with bar("encoding prompts", len(prompts), console) as done:
-        data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed, done, reals)
+        data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed, done, reals, pairs)
     trio = _trio(config, teacher, data)
     monitor = Preview(teacher.showing(prompts), out, config.objective.sampler, console=console)
     trainer = Trainer(
@@ -137,6 +142,39 @@ def _given_prompts(config: RunConfig, out: Path, resume: bool) -> tuple[str, ...
     return read_prompts(copy if moved else config.prompts)
 
 
+def _given_pairs(config: RunConfig) -> PairsCard | None:
+    """What the named folder of pairs says of itself; None if the method needs none."""
+    method, name = config.method, Path(config.teacher).name
+    if "pairs" not in config.objective.needs:
+        if config.pairs is not None:
+            raise ValueError(f"method {method!r} with these settings reads no pairs; leave --pairs out")
+        return None
+    guidance = config.to_dict()["method"]["guidance"]
+    against = [] if config.negative_prompt is None else [f"--negative-prompt {config.negative_prompt!r}"]
+    build = " ".join(["fewstep pairs --teacher", config.teacher, f"--guidance {guidance:g}", *against])
+    if config.pairs is None:
+        raise ValueError(
+            f"method {method!r} needs noise and what the teacher's ODE makes of it: build such pairs once with "
+            f"`{build} --out pairs/{name}`, then give --pairs pairs/{name}"
+        )
+    card = read_card(config.pairs)
+    if (card.guidance, card.negative_prompt) != (guidance, config.negative_prompt):
+        raise ValueError(
+            f"{config.pairs} was sampled with guidance {card.guidance:g} and negative prompt {card.negative_prompt!r}, "
+            f"but the real score is to be guided with {guidance:g} and {config.negative_prompt!r}: the two losses "
+            f"would pull apart. Give --set method.guidance={card.guidance:g}, or build others with `{build}`"
+        )
+    return card
+
+
+def _check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) -> None:
+    if card is not None and card.weights != checkpoint.fingerprint(teacher.denoiser):
+        raise ValueError(
+            f"the pairs in {folder} were sampled from {card.teacher!r}, whose weights are not those of "
+            f"{teacher.card.source!r}; build them anew with `fewstep pairs`"
+        )
+
+
 def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Path | None:
     """Make or check the run folder.  Returns the checkpoint to go on from, if resuming and there is one."""
     if resume and overwrite:
@@ -188,9 +226,9 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
             "student nothing about any other; give --prompts FILE, one prompt per line"
         )
     needs = config.objective.needs
-    if needs - {"latents"}:
+    if missing := needs - {"latents", "pairs"}:
         raise ValueError(
-            f"method {config.method!r} needs {', '.join(sorted(needs - {'latents'}))}, which this version cannot supply"
+            f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
         )
     if "latents" in needs and config.data is None and teacher.reals is None:
         raise ValueError(

@@ -28,7 +28,7 @@ FLAGS = {
     "teacher": (["--teacher", "mixtur"], ["'mixtur'", "Did you mean 'mixture'?", "gaussian", "--plugin"]),
     "teacher-path": (["--teacher", "/no/such/folder"], ["'/no/such/folder'", "Known:", "mixture"]),
     "hub-id": (["--teacher", "nobody/nothing"], ["'nobody/nothing'"]),
-    "method": (["--method", "dmd3"], ["'dmd3'", "Did you mean 'dmd2'?", "Known: dmd2"]),
+    "method": (["--method", "dmmd2"], ["'dmmd2'", "Did you mean 'dmd2'?", "Known: ", "dmd, dmd2"]),
     "steps-negative": (["--num-steps", "-2"], ["num_steps must be >= 1", "-2"]),
     "steps-zero": (["--num-steps", "0"], ["num_steps must be >= 1", "0"]),
     "iterations": (["--iterations", "0"], ["iterations must be >= 1", "0"]),
@@ -44,6 +44,13 @@ FLAGS = {
     "resume-nothing": (["--resume"], ["no run to resume", "config.yaml is missing", "leave --resume out"]),
     "config-missing": (["--config", "nowhere.yaml"], ["no configuration file at nowhere.yaml"]),
     "prompts-missing": (["--prompts", "nowhere.txt"], ["no prompt file at nowhere.txt", "one prompt per line"]),
+    "method-without-pairs": (
+        ["--method", "dmd"],
+        ["needs noise and what the teacher's ODE", "fewstep pairs --teacher"],
+    ),
+    "pairs-missing": (["--method", "dmd", "--pairs", "nowhere"], ["no pairs at nowhere", "fewstep pairs"]),
+    "pairs-without-method": (["--pairs", "nowhere"], ["reads no pairs; leave --pairs out"]),
+    "steps-of-dmd": (["--method", "dmd", "--num-steps", "4"], ["num_steps must be 1, got 4", "--method dmd2"]),
     "plugin-missing": (["--plugin", "nowhere.py"], ["no plugin file at nowhere.py", "path of a Python file"]),
 }
 
@@ -299,6 +306,26 @@ def test_unknown_checkpoint_name_is_refused(cli, toy_run, tmp_path, command):
 def test_wrong_question_to_a_run_is_refused(cli, toy_run, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     check_refused(cli(arguments[0], toy_run, *arguments[1:]), *words)
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "words"),
+    [
+        (["--n", "4"], ["--set", "method.guidance=2"], ["sampled with guidance 1", "--set method.guidance=1"]),
+        (["--n", "4", "--num-steps", "2"], ["--set", "teacher.mean=[0,0]"], ["whose weights are not those of"]),
+    ],
+)
+def test_pairs_of_another_teacher_or_guidance_are_refused(cli, toy, tmp_path, made, asked, words):
+    done = cli("pairs", "--teacher", "gaussian", "--out", tmp_path / "pairs", "--device", "cpu", *made)
+    assert done.exit_code == 0, done.output
+    flags = ["--method", "dmd", "--pairs", tmp_path / "pairs", "--out", tmp_path / "run", *asked]
+    check_refused(cli(*toy, *flags), *words)
+
+
+def test_pairs_of_other_settings_do_not_mix(cli, tmp_path):
+    flags = ["pairs", "--teacher", "gaussian", "--out", tmp_path / "pairs", "--n", "4", "--device", "cpu"]
+    assert cli(*flags, "--num-steps", "2").exit_code == 0
+    check_refused(cli(*flags, "--num-steps", "3"), "num_steps: 2 -> 3", "Choose another --out")
 
 
 def test_export_into_an_existing_folder_is_refused(cli, pipeline_run, tmp_path):

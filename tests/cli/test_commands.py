@@ -165,6 +165,22 @@ def test_list_shows_a_plugins_method_with_its_settings(shell, tmp_path):
     assert "DMD2 table 6" in done.stdout  # inherited settings keep their sources
 
 
+def test_pairs_are_built_once_and_a_run_reads_them(cli, toy, tmp_path):
+    build = ["pairs", "--teacher", "gaussian", "--out", tmp_path / "pairs", "--n", "6", "--num-steps", "3"]
+    for _ in range(2):
+        done = cli(*build, "--device", "cpu")
+        assert done.exit_code == 0, done.output
+        assert done.stdout.strip() == str(tmp_path / "pairs")
+    run = tmp_path / "run"
+    done = cli(*toy, "--method", "dmd", "--pairs", tmp_path / "pairs", "--out", run)
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("regression", 0) > 0 for row in rows)
+    (tmp_path / "pairs").rename(tmp_path / "moved")
+    more = [*toy, "--method", "dmd", "--pairs", tmp_path / "moved", "--out", run, "--resume", "--iterations", "3"]
+    assert cli(*more).exit_code == 0
+
+
 def test_export_prints_the_folder_that_it_wrote(cli, pipeline_run, tmp_path):
     done = cli("export", pipeline_run, "--to", tmp_path / "new" / "folder")
     assert done.exit_code == 0, done.output

@@ -3,48 +3,12 @@
 import dataclasses
 
 import pytest
-import torch
-from torch import nn
 from torch.testing import assert_close
 
-from fewstep.diffusion import RectifiedFlow
-from fewstep.models.denoiser import Backbone, Denoiser
-from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.rng import Rng
-from fewstep.types import Batch, Condition
-
-
-class Affine(Backbone):
-    """x0 = w x + b + 0.1 prompt; remembers times and conditions."""
-
-    def __init__(self, w: float, b: float) -> None:
-        super().__init__(nn.Linear(1, 1).requires_grad_(False))
-        self.w, self.b = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(b))
-        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def network_time(self, t):
-        return t
-
-    def forward(self, x, network_time, cond):
-        prompt = cond.tensors["prompt"]
-        self.seen.append((x.detach().clone(), network_time.clone(), prompt.clone()))
-        return self.w * x + self.b + 0.1 * prompt[:, :, None, None]
-
-
-def trio():
-    made = [Denoiser(Affine(w, b), RectifiedFlow(), "x0") for w, b in ((0.5, 0.1), (0.3, 0.2), (0.4, -0.1))]
-    return Trio(generator=made[0], real_score=made[1], fake_score=made[2])
-
-
-def batch(size=6):
-    prompt = torch.arange(size).float()[:, None] + 1
-    return Batch(Condition({"prompt": prompt}, {"prompt": torch.zeros(1, 1)}), (1, 4, 3), tuple(range(size)))
-
-
-def rng(turn="generator", size=6, iteration=0):
-    return Rng(0, iteration, turn, tuple(range(size)))
+from tests.affine import batch, rng, trio
 
 
 def test_the_generators_gradient_is_the_score_difference_by_hand():

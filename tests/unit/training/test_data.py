@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.training.data import PromptData, read_prompts
+from fewstep.training.data import PromptData
+from fewstep.training.prompts import read_prompts
 from fewstep.types import Condition
 
 PROMPTS = ("a", "b", "c", "d", "e")

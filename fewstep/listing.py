@@ -1,0 +1,68 @@
+"""What `fewstep list` shows: teachers, methods with their settings, and the runs of a folder.  No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+def table_of(what: str, runs: Path, *, plugins: bool) -> Table:
+    """The table of teachers, methods, runs (those in the folder `runs`) or of one method's settings.
+
+    plugins: some were loaded, so that the registries know more than the index made at build time.
+    Raises LookupError for anything else.
+    """
+    index = _index(plugins)
+    methods, name = index["methods"], what.replace("-", "_")
+    if what == "teachers":
+        return _table("teacher", "what it is", rows=list(index["teachers"].items()))
+    if what == "methods":
+        return _table("method", "what it is", rows=[(k, v["summary"]) for k, v in methods.items()])
+    if what == "runs":
+        return _table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs)))
+    if name in methods:
+        fields = [(f["name"], f["type"], f["default"], f["note"]) for f in methods[name]["fields"]]
+        return _table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields)
+    raise LookupError(f"nothing called {what!r} to list; allowed: teachers, methods, runs, {', '.join(methods)}")
+
+
+def _index(plugins: bool) -> dict[str, Any]:
+    if not plugins:
+        return json.loads((Path(__file__).parent / "index.json").read_text(encoding="utf-8"))
+    from fewstep.index import build_index
+
+    return build_index()
+
+
+def _table(*columns: str, rows: list[Any]) -> Table:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def _runs(root: Path) -> Iterator[tuple[str, ...]]:
+    import yaml
+
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}; name the one that holds the runs with --runs")
+    for path in sorted(root.glob("*/config.yaml")):
+        saved = sorted(path.parent.glob("checkpoints/*/state.json"))
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            best = json.loads(saved[-1].read_text(encoding="utf-8"))["progress"]["best"] if saved else None
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"{path.parent} cannot be listed: {error}") from error
+        done = saved[-1].parent.name.lstrip("0") if saved else "0"
+        found = f"{best['rank']:.4g} at {best['iteration']}" if best else "-"
+        yield (
+            str(path.parent),
+            config["teacher"]["name"],
+            config["method"]["name"],
+            f"{done}/{config['train']['iterations']}",
+            found,
+        )
