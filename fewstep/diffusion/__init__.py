@@ -1,6 +1,7 @@
 """The mathematics of diffusion, usable alone: schedules, predictions, laws of time, guidance and samplers."""
 
 from fewstep.diffusion.guidance import guided
+from fewstep.diffusion.jvp import Derivative, check_jvp, directional_derivative
 from fewstep.diffusion.prediction import Denoise, Prediction, raw_of
 from fewstep.diffusion.samplers import State, few_step, ode, student_grid, time_grid, trajectory
 from fewstep.diffusion.schedules import EDM, Coefficients, NoiseSchedule, RectifiedFlow, TrigFlow, VPTable, like, match
@@ -21,6 +22,7 @@ __all__ = [
     "Clamped",
     "Coefficients",
     "Denoise",
+    "Derivative",
     "DiscreteUniform",
     "Interval",
     "Law",
@@ -34,6 +36,8 @@ __all__ = [
     "TrigFlow",
     "Uniform",
     "VPTable",
+    "check_jvp",
+    "directional_derivative",
     "few_step",
     "guided",
     "like",
