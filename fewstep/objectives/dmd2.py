@@ -81,8 +81,18 @@ class DMD2:
         return frozenset({"latents"} if self.gan_weight else ())
 
     def generator_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
-        """Descend the diffused reverse KL, estimated at one re-noised level per sample."""
-        x = self.rollout(trio, batch, rng).x
+        """Descend the matching term, and the GAN's once it takes part."""
+        rollout = self.rollout(trio, batch, rng)
+        total, metrics = self.matching(trio, batch, rollout, rng)
+        if self.adversarial(rng) and rng.iteration > self.gan_start:  # by then the head has moved once
+            x = rollout.x
+            loss = gan_generator(self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan")))
+            total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
+        return Loss(total, metrics)
+
+    def matching(self, trio: Trio, batch: Batch, rollout: Rollout, rng: Rng) -> tuple[Tensor, dict[str, Tensor]]:
+        """The diffused reverse KL's loss, estimated at one re-noised level per sample, and what to log of it."""
+        x = rollout.x
         with torch.no_grad():
             t = self.law(self.min_index, self.max_index).sample(rng, "matching.t", x.device)
             x_t = trio.real_score.schedule.add_noise(x, rng.randn_like(x, "matching.eps"), t)
@@ -90,11 +100,7 @@ class DMD2:
             fake = trio.critic()(x_t, t, batch.cond).x0  # never guided: it models the generator, not a sharpened one
         total, weight = distribution_matching(x, real, fake, floor=self.floor)
         gap = (fake - real).square().mean().sqrt()
-        metrics = {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **moments(x)}
-        if self.adversarial(rng) and rng.iteration > self.gan_start:  # by then the head has moved once
-            loss = gan_generator(self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan")))
-            total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
-        return Loss(total, metrics)
+        return total, {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **moments(x)}
 
     def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss | Iterator[Loss]:
         """Keep the fake score on the generator's present distribution by denoising its samples; then the GAN."""
