@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,15 +70,12 @@ def model_card(student: Student, call: dict[str, Any], run: Path, which: str = "
     steps, teacher, few_steps = student.sampler.num_steps, student.teacher.card, student.teacher.few_steps
     revision = f" at revision {teacher.revision}" if teacher.revision else ""
     seeded = not _draws_noise(student) or (few_steps is not None and few_steps.seeded)
-    arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
-    seeding = "torch.Generator('cpu').manual_seed(seed)" if seeded else "None"
     equality = (
         "Image i of `fewstep sample --seed SEED` is made by `generator=torch.Generator('cpu').manual_seed(SEED + i)`."
         if seeded
         else "The pipeline does not hand its generator to the scheduler, which draws fresh noise between steps: "
         "image i of `fewstep sample --seed SEED` is made by `torch.manual_seed(SEED + i)` and no `generator`."
     )
-    seed_line = "" if seeded else "torch.manual_seed(seed)\n"
     if not is_exact(student):
         equality += " Up to rounding: the pipeline tells its network whole timesteps only, and these are not."
     return f"""---
@@ -95,7 +93,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-{seed_line}image = pipe(prompt, generator={seeding}, {arguments}).images[0]
+{_code(student, call, seeded)}
 ```
 
 {equality} One prompt a call.
@@ -105,9 +103,22 @@ pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
 The run's configuration:
 
 ```json
-{json.dumps({"num_steps": steps, "stochastic": student.sampler.stochastic, "shift": student.sampler.shift})}
+{json.dumps(asdict(student.sampler))}
 ```
 """
+
+
+def _code(student: Student, call: dict[str, Any], seeded: bool) -> str:
+    """The card's lines that make one picture."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    generator = "torch.Generator('cpu').manual_seed(seed)" if seeded else "None"
+    lines = [] if seeded else ["torch.manual_seed(seed)"]
+    if student.sampler.start is not None:  # a pipeline's own latents have unit variance
+        sigma = float(student.sampler.begin(torch.ones(1, dtype=torch.float64), student.denoiser.schedule))
+        shape = (1, *student.teacher.shape)
+        lines += [f"generator = {generator}", f"latents = {sigma:.7g} * torch.randn({shape}, generator=generator)"]
+        generator, arguments = "generator", f"latents=latents, {arguments}"
+    return "\n".join([*lines, f"image = pipe(prompt, generator={generator}, {arguments}).images[0]"])
 
 
 def _measured(student: Student, run: Path, which: str) -> str:

@@ -57,16 +57,18 @@ class Student:
         batch_size < 1, NotFinite for samples that are not finite.
         """
         check_count("num_steps", self.sampler.num_steps if num_steps is None else num_steps)
-        grid, stochastic = self.sampler.grid(self.denoiser.schedule, num_steps), self.sampler.stochastic
+        schedule, stochastic = self.denoiser.schedule, self.sampler.stochastic
+        grid = self.sampler.grid(schedule, num_steps)
 
-        def run(noise: Tensor, generators: list[torch.Generator], cond: Condition) -> Tensor:
+        def run(eps: Tensor, generators: list[torch.Generator], cond: Condition) -> Tensor:
             def draw(_index: int, x: Tensor) -> Tensor:
                 return numbered_noise(tuple(x.shape[1:]), generators).to(x)
 
             def denoise(x_t: Tensor, t: Tensor) -> Tensor:
                 return self.denoiser(x_t, t, cond).x0
 
-            return few_step(denoise, noise, grid, self.denoiser.schedule, draw=draw if stochastic else None)
+            noise = self.sampler.begin(eps, schedule)
+            return few_step(denoise, noise, grid, schedule, draw=draw if stochastic else None)
 
         return _batched(self.teacher, self.denoiser, run, n, prompts, seed, batch_size, progress)
 
@@ -89,7 +91,8 @@ def sample_teacher(
     check_count("num_steps", num_steps)
     grid, scale = teacher.grid(num_steps), teacher.guidance if guidance is None else guidance
 
-    def run(noise: Tensor, _generators: list[torch.Generator], cond: Condition) -> Tensor:
+    def run(eps: Tensor, _generators: list[torch.Generator], cond: Condition) -> Tensor:
+        noise = teacher.denoiser.schedule.prior(eps)
         return ode(teacher.denoiser, noise, grid, cond, method=teacher.solver, guidance=scale)
 
     return _batched(teacher, teacher.denoiser, run, n, prompts, seed, batch_size, progress)
@@ -134,9 +137,9 @@ def _batched(
     images = []
     for start, stop in _slices(n, batch_size):
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]
-        noise = denoiser.schedule.prior(numbered_noise(teacher.shape, generators).to(device))
+        eps = numbered_noise(teacher.shape, generators).to(device)
         cond = teacher.encode(cycled(prompts, start, stop)).to(device)
-        images.append(teacher.codec.decode(_finite(run(noise, generators, cond))).float().cpu())
+        images.append(teacher.codec.decode(_finite(run(eps, generators, cond))).float().cpu())
         if progress is not None:
             progress(stop - start)
     return torch.cat(images)

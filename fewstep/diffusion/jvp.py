@@ -190,8 +190,7 @@ def _dual(
 
     torch.func.jvp would put zeros there, which nobody can tell from a derivative that is zero.
     """
-    # A checkpointed region saves other tensors when it is recomputed outside of the dual pass: torch finds out only in
-    # the backward pass, and its message names neither cause nor remedy.
+    # Torch would notice in the backward pass only, where a recomputed region saves other tensors, and name no remedy.
     guard = disable_saved_tensors_hooks(
         "gradient checkpointing (or another saved-tensor hook) cannot repeat a forward with tangents; "
         "use graph='separate', or switch it off"

@@ -4,6 +4,7 @@ The same functions run in training rollouts, evaluation and inference. `few_step
 `ode` and `trajectory` integrate a frozen teacher and never record any.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ def time_grid(steps: int, shift: float = 1.0, *, clean_end: bool = False) -> Ten
     return shift_time(torch.arange(steps, last - 1, -1, dtype=torch.float64) / steps, shift).float()
 
 
-def student_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0, first: float = 1.0) -> Tensor:
+def student_grid(
+    schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0, first: float = 1.0, start: float | None = None
+) -> Tensor:
     """The times of a student's N sampling steps on its schedule, from noise down.
 
     `time_grid`, so 1, .75, .5, .25 for N = 4, in whole thousandths, because pipelines take integer timesteps of 1000
@@ -57,18 +60,25 @@ def student_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 1.0,
     with that time's alpha: 0.4, index 399, divides an error of eps by .65 where 999 divides it by .068     [DMD2, F.4]
     That is the paper's for one step; with more, ours: at least a fifth of the way from the second time to 1, so that
     0.4 becomes .8, .75, .5, .25 and one recipe fits every N.
-    Returns [N] float32, descending.  Raises ValueError if two of the times fall on one thousandth.
+    start: sigma / alpha of the first step, whose input is noise of that level, in place of pure noise.  The times are
+    then those above times its time: for 2.5, on Stable Diffusion's table, 625, 468, 312, 156     [SiD-LSG's code]
+    Returns [N] float32, descending.  Raises ValueError if two of the times fall on one thousandth, for a `start` that
+    the schedule does not reach, or with a `first` as well.
     """
+    if start is not None and first != 1:
+        raise ValueError(f"a first step that starts at {start} is told its own time, not first={first}; leave one out.")
     grid = time_grid(num_steps, shift)
     grid[0] = first if num_steps == 1 else max(first, float(grid[1] + (1 - grid[1]) / 5))
     _check_grid(grid, least=1)
-    if not isinstance(schedule, VPTable | EDM):
-        grid = ((grid.double() * 1000).round() / 1000).float()
-        _check_grid(grid, least=1)
-        return grid
-    last = (len(schedule.alphas_cumprod) if isinstance(schedule, VPTable) else 1000) - 1
-    # float32 on purpose: an index's own time times `last` is that index; in float64 748 / 999 * 999 floors to 747.
-    return (torch.floor(grid * last).double() / last).float()
+    top = 1.0 if start is None else _time_at(schedule, start)
+    if isinstance(schedule, VPTable | EDM):
+        last = (len(schedule.alphas_cumprod) if isinstance(schedule, VPTable) else 1000) - 1
+        # A whole index may come out 6e-5 below itself, as its time is a float32: 748 / 999 * 999 would floor to 747.
+        grid = (torch.floor(grid.double() * round(top * last) + 1e-4) / last).float()
+    else:
+        grid = ((grid.double() * top * 1000).round() / 1000).float()
+    _check_grid(grid, least=1)
+    return grid
 
 
 def few_step(
@@ -178,6 +188,15 @@ def _euler(here: Prediction, x_t: Tensor, t_next: Tensor, also: Prediction | Non
     slopes = [p.eps if table else p.flow for p in (here, also) if p is not None]
     stride = n_next * (then.sigma / n_next - now.sigma / n)
     return (n_next / n).to(x_t.dtype) * x_t + stride.to(x_t.dtype) * (sum(slopes[1:], slopes[0]) / len(slopes))
+
+
+def _time_at(schedule: NoiseSchedule, ratio: float) -> float:
+    """The time where sigma / alpha is `ratio`.  Raises ValueError if the schedule has none."""
+    ends = schedule.at(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    low, high = (ends.sigma / ends.alpha).tolist()
+    if not (ratio > 0 and low <= ratio <= high):
+        raise ValueError(f"this schedule has no sigma / alpha = {ratio} to start at: {low:.3g} to {high:.3g}.")
+    return float(schedule.time_of(torch.tensor([-2 * math.log(ratio)], dtype=torch.float64)))
 
 
 def _is_data(schedule: NoiseSchedule, time: float) -> bool:

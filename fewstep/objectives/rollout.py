@@ -29,17 +29,30 @@ class StudentSampler:
 
     num_steps: the steps that it is trained for.  stochastic: fresh noise between steps (DMD2), or the noise that the
     state already holds (Euler/DDIM).  shift: flow shift of the time grid.  first: the time that the first step is told,
-    while its input is pure noise.
+    while its input is pure noise.  start: sigma / alpha of the first step, whose input is noise of that level and no
+    data (None: pure noise).
     """
 
     num_steps: int = 1
     stochastic: bool = True
     shift: float = 1.0
     first: float = 1.0
+    start: float | None = None
 
     def grid(self, schedule: NoiseSchedule, num_steps: int | None = None) -> Tensor:
-        """The sampling times, [num_steps] float32 descending from 1; see `diffusion.student_grid`."""
-        return student_grid(schedule, num_steps or self.num_steps, shift=self.shift, first=self.first)
+        """The sampling times, [num_steps] float32 descending from noise; see `diffusion.student_grid`."""
+        steps = num_steps or self.num_steps
+        return student_grid(schedule, steps, shift=self.shift, first=self.first, start=self.start)
+
+    def begin(self, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """The network's input at the first time, from unit noise: `schedule.prior`, or sigma eps with a `start`.
+
+        On a VP table 2.5 gives .929 eps, not eps: a level's own noise, whose variance is 1 only together with its data.
+        eps: [B, ...].  Returns its shape and dtype.
+        """
+        if self.start is None:
+            return schedule.prior(eps)
+        return schedule.at(self.grid(schedule, 1).double()).sigma.to(eps) * eps
 
 
 def backward_simulation(
@@ -48,7 +61,7 @@ def backward_simulation(
     """Run the student's sampler to one of its steps, drawn uniformly, and make x there with gradient.
 
     The states before that step come from the student itself, not from noised real images, so training sees what
-    inference sees.  No gradient reaches them.  At the first step the input is pure noise.  The step is one for the
+    inference sees.  No gradient reaches them.  At the first step the input is noise alone.  The step is one for the
     whole global batch.     [DMD2, arXiv:2405.14867, section 4.5]
 
     stream: prefix of the random streams; a second rollout in the same turn needs another.
@@ -63,6 +76,6 @@ def backward_simulation(
     def draw(index: int, x0: Tensor) -> Tensor:
         return rng.randn_like(x0, f"{stream}.renoise{index}")
 
-    noise = generator.schedule.prior(rng.randn(f"{stream}.noise", batch.shape))
+    noise = sampler.begin(rng.randn(f"{stream}.noise", batch.shape), generator.schedule)
     x = few_step(denoise, noise, grid, generator.schedule, draw=draw if sampler.stochastic else None)
     return Rollout(x, step)

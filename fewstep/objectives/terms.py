@@ -25,10 +25,18 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         if ctx.grad is None:
             raise RuntimeError(
-                "distribution_matching was back-propagated twice; compute the loss anew for each backward"
+                "a loss with a known gradient was back-propagated twice; compute it anew for each backward"
             )
         grad, ctx.grad = ctx.grad, None
         return grad.mul_(grad_outputs[0].to(grad.dtype)), None, None
+
+
+def with_gradient(x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+    """A scalar that is `value` and whose gradient with respect to x is `grad`, for one backward.
+
+    x: [B, ...], with graph.  grad: x's shape; it is used up.
+    """
+    return _WithGradient.apply(x, value, grad)  # type: ignore[return-value]
 
 
 def distribution_matching(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -41,7 +49,28 @@ def distribution_matching(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor:
     All [B, C, H, W].  Returns (scalar L, weight 1/n [B]).  L is no measure of progress: it is 0.5 mean(g^2).
     """
     grad, weight, value = score_difference(x.detach(), real_x0, fake_x0, floor=floor)
-    return _WithGradient.apply(x, value, grad), weight  # type: ignore[return-value]
+    return with_gradient(x, value, grad), weight
+
+
+def score_identity(
+    x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, alpha: float, floor: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The Fisher divergence of generator and teacher through the score identity, and the per-sample weight.
+
+    d = real_x0 - fake_x0;  n = mean |x - real_x0| over all but B, at least `floor`, stopgrad
+    L = mean d ((real_x0 - x) - alpha d) / n     [SiD, arXiv:2404.04057: L2 - alpha L1 under its weight]
+
+    x: the generator's sample; real_x0, fake_x0: both scores' clean estimates at the re-noised x.  All [B, C, H, W], and
+    the gradient flows through all three: with both estimates detached it is `distribution_matching`'s for every alpha.
+    Returns (scalar L, weight 1/n [B]).  L is no measure of progress: 0 at alpha = 1 once the fake score fits, wherever
+    the generator is.  The paper sums over elements and multiplies by 100, a scale that Adam ignores but for its eps.
+    """
+    real, fake = _wide(real_x0), _wide(fake_x0)
+    with torch.no_grad():
+        weight = 1 / (x - real).abs().flatten(1).mean(1).clamp_min(floor)
+    d = real - fake
+    loss = (d * ((real - x) - alpha * d)).flatten(1).mean(1)
+    return (weight * loss).mean(), weight
 
 
 def denoising(pred: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
@@ -61,6 +90,37 @@ def denoising(pred: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
         # EDM's cleanest level is sigma .002; a schedule that reaches 0 would weigh a rounding error infinitely.
         error = error * ((c.alpha / c.sigma.clamp_min(2e-3)).square() + sigma_data**-2)
     return error.mean()
+
+
+def variational(x: Tensor, real: Prediction, fake: Prediction) -> Tensor:
+    """Variational score distillation as its gradient surrogate.
+
+    g = sigma^2 (eps_real - eps_fake) = alpha sigma (fake_x0 - real_x0)  on VP     [SwiftBrush, arXiv:2312.05239]
+    g = alpha sigma / (alpha^2 + sigma^2) (fake_x0 - real_x0)  on any schedule: VP's at equal alpha / sigma (DERIVED)
+    L = 0.5 mse(x, stopgrad(x - g)), so dL/dx = g / numel(x)
+
+    x: the student's sample [B, C, H, W], with graph; real, fake: both (guided) predictions at the re-noised x, without.
+    Returns a scalar, 0.5 mean(g^2), which is no measure of progress.
+    """
+    c = real.coefficients
+    grad = c.alpha * c.sigma / (c.alpha.square() + c.sigma.square()) * (fake.x0 - real.x0)
+    return with_gradient(x, 0.5 * grad.square().mean(), grad / grad.numel())
+
+
+def noise_error(pred: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
+    """A fake score's regression in eps, whatever its network predicts: mean a^2 (eps_hat - eps)^2, a^2 + s^2 = 1.
+
+    a = alpha / sqrt(alpha^2 + sigma^2), VP's alpha at equal alpha / sigma     [SwiftBrush's code; not VP: DERIVED]
+
+    x0, eps: what pred.x_t was made of, [B, C, H, W].  Returns a scalar.
+    """
+    c = pred.coefficients
+    share = c.alpha.square() / (c.alpha.square() + c.sigma.square())
+    if pred.kind == "x0":  # eps_hat - eps = alpha / sigma (x0 - x0_hat); at sigma 0 it does not exist
+        error = (c.alpha / c.sigma.clamp_min(2e-3)) * (pred.x0 - _wide(x0))
+    else:
+        error = pred.eps - _wide(eps)
+    return (share * error.square()).mean()
 
 
 def gan_generator(fake_logits: Tensor) -> Tensor:
@@ -89,6 +149,6 @@ def approximate_r1(real_logits: Tensor, perturbed_logits: Tensor, sigma: float) 
     return (_wide(perturbed_logits) - _wide(real_logits)).square().mean() / sigma**2
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _wide(value: Tensor) -> Tensor:
     """float32 or better."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return value.to(torch.promote_types(value.dtype, torch.float32))

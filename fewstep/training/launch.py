@@ -236,12 +236,14 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
             f"{teacher.card.name!r} brings none; give --data FOLDER with captioned pictures, or --set "
             "method.gan_weight=0"
         )
-    guidance = config.to_dict()["method"].get("guidance", 1.0)  # a method may have none
-    if guidance != 1 and not teacher.encode(prompts[:1]).null:
-        raise ValueError(
-            f"method.guidance = {guidance}, but teacher {teacher.card.name!r} has no unconditional branch; "
-            "use --set method.guidance=1"
-        )
+    settings = config.to_dict()["method"]
+    for name in ("guidance", "fake_guidance"):
+        scale = settings.get(name)  # a method may have none
+        if scale not in (None, 1) and not teacher.encode(prompts[:1]).null:
+            raise ValueError(
+                f"method.{name} = {scale}, but teacher {teacher.card.name!r} has no unconditional branch; "
+                f"use --set method.{name}=1"
+            )
 
 
 def _check_surroundings(config: TrainConfig) -> None:

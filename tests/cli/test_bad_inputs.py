@@ -51,6 +51,10 @@ FLAGS = {
     "pairs-missing": (["--method", "dmd", "--pairs", "nowhere"], ["no pairs at nowhere", "fewstep pairs"]),
     "pairs-without-method": (["--pairs", "nowhere"], ["reads no pairs; leave --pairs out"]),
     "steps-of-dmd": (["--method", "dmd", "--num-steps", "4"], ["num_steps must be 1, got 4", "--method dmd2"]),
+    "fake-guidance-without-null": (
+        ["--method", "sid", "--set", "method.fake_guidance=0"],
+        ["method.fake_guidance = 0", "no unconditional branch", "fake_guidance=1"],
+    ),
     "plugin-missing": (["--plugin", "nowhere.py"], ["no plugin file at nowhere.py", "path of a Python file"]),
 }
 

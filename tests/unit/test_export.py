@@ -27,6 +27,10 @@ STUDENTS = {
     "told-earlier": {"num_steps": 1, "first_time": 0.4},
     "unet-told-earlier": {"num_steps": 1, "first_time": 0.4},
     "unet-told-earlier-4": {"num_steps": 4, "first_time": 0.4},
+    "lower": {"method": "sid", "num_steps": 1},
+    "lower-stochastic": {"method": "sid", "num_steps": 4},
+    "unet-lower": {"method": "sid", "num_steps": 4},
+    "unet-v-lower": {"method": "sid", "num_steps": 1},
     "unet-lora": {"num_steps": 2, "train": {"device": "cpu", "generator": {"lr": 1e-2}, "sharing": "lora"}},
 }
 ALONE = """
@@ -110,8 +114,8 @@ def alone(exported):
 def test_pipeline_alone_makes_the_students_images(runs, alone, kind):
     """< 1e-4 in fp32.  Fails if the teacher's weights, scheduler or shift, other times or another seeding are exported
     ("shifted": if the network's timesteps are taken for the noise levels; "unet": if betas or prediction type are
-    others, or x_t is blended into x0 by LCM's own scalings; "told": if the noise is scaled to the time told; "lora": if
-    the adapters are left out)."""
+    others, or x_t is blended into x0 by LCM's own scalings; "told": if the noise is scaled to the time told;
+    "lower": if it is not scaled to the first step's level; "lora": if the adapters are left out)."""
     ours = runs[kind].student.sample(2, [PROMPT], SEED)
     for i in range(2):
         assert_close(alone[kind][i], ours[i], atol=1e-4, rtol=0)
@@ -142,6 +146,19 @@ def test_card_gives_the_students_times(exported):
     assert "sigmas" not in call_of(exported["deterministic"])
     assert "timesteps=[1000, 250], sigmas=[1.0, 0.5]" in call_of(exported["shifted"])  # 3u / (1 + 2u) = .5 at u = .25
     assert "timesteps=[999, 749, 499, 249], guidance_scale=1.0" in call_of(exported["unet-stochastic"])
+    assert "timesteps=[625, 468, 312, 156], guidance_scale=1.0" in call_of(exported["unet-lower"])
+
+
+def test_card_hands_over_latents_where_the_student_starts_lower(exported):
+    """One generator draws them first and then the steps' noise; or the global one, where the pipeline hands none on."""
+    code = call_of(exported["unet-lower"])
+    assert "generator = torch.Generator('cpu').manual_seed(seed)\nlatents = 0.92856" in code
+    assert (
+        "* torch.randn((1, 4, 4, 4), generator=generator)\nimage = pipe(prompt, generator=generator, latents=" in code
+    )
+    alone = "torch.manual_seed(seed)\ngenerator = None\nlatents = 0.714 * "
+    assert alone in call_of(exported["lower-stochastic"])
+    assert "latents" not in call_of(exported["one-step"])
 
 
 def test_card_owns_up_to_rounded_times(runs):

@@ -98,6 +98,23 @@ class _Spy(torch.nn.Module):
         return self.call(*arguments, **options)
 
 
+def test_a_student_that_starts_lower_gets_that_levels_noise():
+    """On EDM sigma = 2.504, the table's nearest to 2.5.  Fails if training and sampling begin differently (80)."""
+    teacher = mixture(MEANS, COVS, schedule="edm")
+    seen = []
+
+    def spy(x_t, t, cond, **_):
+        seen.append(x_t)
+        return teacher.denoiser(x_t, t, cond)
+
+    denoiser = _Spy(teacher.denoiser, spy)
+    for num_steps in (None, 3):
+        Student(denoiser, teacher, StudentSampler(1, start=2.5)).sample(2, seed=4, num_steps=num_steps)
+        eps = numbered_noise((2,), [torch.Generator().manual_seed(4 + i) for i in range(2)])
+        assert_close(seen[0], 2.5 * eps, rtol=2e-3, atol=0)
+        seen.clear()
+
+
 def test_noise_enters_at_the_schedules_prior():
     """EDM starts at sigma 80; a Gaussian comes out as wide as the noise went in.  Fails if unit noise is fed there.
 

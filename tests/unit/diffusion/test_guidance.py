@@ -32,6 +32,16 @@ def test_scale_one_calls_the_denoiser_once():
     assert len(denoiser.calls) == 1
 
 
+def test_scale_zero_calls_the_empty_prompt_alone():
+    """Fails if the prompt's branch is evaluated for nothing."""
+    denoiser = Shifting()
+    x_t, t = states()
+    assert_close(guided(denoiser, 0.0)(x_t, t, COND).raw, x_t + 0.5)
+    assert len(denoiser.calls) == 1
+    with pytest.raises(ValueError, match=r"guidance 0\.0 needs an empty prompt"):
+        guided(denoiser, 0.0)(x_t, t, Condition({"shift": torch.ones(3)}))
+
+
 def test_guidance_extrapolates_from_empty_to_prompt():
     """raw = u + g (c - u). Fails as c + g (c - u), Self-Forcing's convention."""
     x_t, t = states()

@@ -37,8 +37,33 @@ def test_student_grids_of_tables_are_dmd2s_indices():
 
 
 def test_student_grid_of_every_index_keeps_every_index():
-    """Fails when floored in float64, where 748 / 999 * 999 is 747.99."""
+    """Fails when floored without a margin: 748 / 999 * 999 is 747.99."""
     assert (student_grid(VPTable.scaled_linear(), 999) * 999).tolist() == list(range(999, 0, -1))
+
+
+def test_student_grids_may_start_at_a_noise_level():
+    """SiD's 2.5: indices 625, 468, 312, 156, and 625, 312. Fails if sigma is taken for sigma / alpha (513 on VP), or if
+    the first index is rounded down (624)."""
+    vp = VPTable.scaled_linear()
+    assert (student_grid(vp, 4, start=2.5) * 999).tolist() == [625, 468, 312, 156]
+    assert (student_grid(vp, 2, start=2.5) * 999).tolist() == [625, 312]
+    assert (student_grid(vp, 625, start=2.5) * 999).round().tolist() == list(range(625, 0, -1))
+    assert student_grid(RectifiedFlow(), 4, start=2.5).tolist() == pytest.approx([0.714, 0.536, 0.357, 0.179])
+    edm = EDM().at(student_grid(EDM(), 2, start=2.5)).sigma
+    assert edm[0].item() == pytest.approx(2.5, rel=2e-3)  # the nearest of 1000 levels
+    shifted = student_grid(RectifiedFlow(), 2, start=2.5, shift=3.0)
+    assert shifted.tolist() == pytest.approx([0.714, 0.536])  # .714 times 1 and .75
+
+
+def test_student_grids_refuse_levels_that_the_schedule_lacks():
+    """Fails if they are clamped: the student would start at another level than it was told."""
+    for schedule, start in ((VPTable.scaled_linear(), 20.0), (EDM(), 100.0), (EDM(), 1e-3), (RectifiedFlow(), 0.0)):
+        with pytest.raises(ValueError, match=f"no sigma / alpha = {start}"):
+            student_grid(schedule, 1, start=start)
+    with pytest.raises(ValueError, match="leave one out"):
+        student_grid(EDM(), 1, start=2.5, first=0.4)
+    with pytest.raises(ValueError, match="strictly descending"):
+        student_grid(VPTable.scaled_linear(), 700, start=2.5)
 
 
 def spying(schedule, point, seen):

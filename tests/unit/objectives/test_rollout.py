@@ -154,3 +154,46 @@ def test_the_first_step_may_be_told_an_earlier_time():
     assert_close(told, torch.full((2,), 399 / 999))
     assert_close(made.x.detach(), (z - c.sigma * 0.5 * z) / c.alpha, rtol=1e-5, atol=1e-6)
     assert c.alpha.item() == pytest.approx(0.653, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_student_that_starts_lower_gets_that_levels_noise_alone(name):
+    """sigma(t0) eps: on VP .929 eps.  Fails with unit noise there, with prior(eps) on EDM (80 eps), or with data."""
+    schedule = SCHEDULES[name]
+    generator = Denoiser(Recorder(0.7), schedule, "x0")
+    for steps in (1, 4):
+        sampler = StudentSampler(steps, start=2.5)
+        for iteration in range(6):
+            made = Rng(0, iteration, "generator", (0, 1))
+            backward_simulation(generator, Batch(Condition(), (5,), (0, 1)), made, sampler)
+            backbone = generator.backbone
+            noise = Rng(0, iteration, "generator", (0, 1)).randn("rollout.noise", (5,))
+            (first, told, _), backbone.seen = backbone.seen[0], []
+            at = schedule.at(told[:1])
+            assert (at.sigma / at.alpha).item() == pytest.approx(2.5, rel=2e-3)
+            assert_close(first, at.sigma.item() * noise)
+            if name == "vp":
+                assert (told * 999).tolist() == [625, 625] and at.sigma.item() == pytest.approx(0.9286, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_step_of_the_linear_optimum_gives_the_datas_spread(name):
+    """x0 = g x_t with g s = S at the first level and g^2 (a^2 S^2 + s^2) = S^2 at the others keeps N(0, S^2).  Fails if
+    step noise is the first noise again, or scaled otherwise than the input of the first step."""
+    schedule, spread = SCHEDULES[name], 0.5
+    start = StudentSampler(4, start=2.5).grid(schedule)[0]
+
+    class Linear(Recorder):
+        def forward(self, x, network_time, cond):
+            c = schedule.at(network_time).like(x)
+            data = torch.where(network_time == start, 0.0, spread)[:, None]
+            return self.q / 0.7 * spread / (c.alpha**2 * data**2 + c.sigma**2).sqrt() * x
+
+    generator, ids = Denoiser(Linear(0.7), schedule, "x0"), tuple(range(50))
+    seen = set()
+    for iteration in range(12):
+        batch, draws = Batch(Condition(), (400,), ids), Rng(0, iteration, "generator", ids)
+        x, step = backward_simulation(generator, batch, draws, StudentSampler(4, start=2.5))
+        seen.add(step)
+        assert x.std().item() == pytest.approx(spread, rel=0.025)  # 20 000 normals: 0.5%, five of them
+    assert seen == {0, 1, 2, 3}

@@ -1,0 +1,97 @@
+"""SwiftBrush: variational score distillation in one step, with an adapter as fake score (arXiv:2312.05239)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fewstep.diffusion import RectifiedFlow, guided
+from fewstep.models.trio import Trio
+from fewstep.objectives.base import Turns, register_objective
+from fewstep.objectives.renoise import index_law, moments
+from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
+from fewstep.objectives.terms import noise_error, variational
+from fewstep.rng import Rng
+from fewstep.types import Batch, Loss, Need, Role
+
+
+@register_objective("swiftbrush")
+@dataclass(frozen=True, kw_only=True)
+class SwiftBrush:
+    """Variational score distillation: x moves along the difference of two guided scores, under a weight of time alone.
+
+    Data-free.  As in the paper with --sharing lora-fake: a full student, and a fake score that is LoRA on the teacher;
+    such an adapter needs a far larger rate than the student (the paper's: 1e-3 and 1e-6).  At the first iteration fake
+    and real score are one network, and the student stands still.
+    The paper is on VP, its weight sigma^2 on a difference in eps; on other schedules the weight is that of VP at the
+    same signal-to-noise ratio (DERIVED).
+    """
+
+    num_steps: int = 1  # the method is a one-step one
+    guidance: float = 4.5  # of both scores, never of the student; SwiftBrush's code
+    turns: Turns = Turns()  # 1:1, student first; SwiftBrush algorithm 1
+    first_time: float = 1.0  # told to the step, its input is pure noise; SwiftBrush: the last index
+    drop_prompt: float = 0.1  # share of the fake score's turns that see the empty prompt only; SwiftBrush's code
+    min_index: int = 20  # re-noising of the student's term: t = i / 999, i uniform; SwiftBrush's code
+    max_index: int = 980
+    shift: float = 1.0  # flow shift of both re-noising laws
+
+    def __post_init__(self) -> None:
+        if self.num_steps != 1:
+            raise ValueError(f"num_steps must be 1, got {self.num_steps}: for more steps take --method dmd2 or sid")
+        index_law(self.min_index, self.max_index)  # raises for indices that are no interval of 0..999
+        for name in ("guidance", "shift", "first_time"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive finite number, got {value}")
+        if not 0 <= self.drop_prompt < 1:
+            raise ValueError(f"drop_prompt must be in [0, 1), got {self.drop_prompt}: it is a share of the turns")
+        self.sampler.grid(RectifiedFlow())  # raises for a first time above 1
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The fake score."""
+        return frozenset({"fake_score"})
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing."""
+        return frozenset()
+
+    @property
+    def sampler(self) -> StudentSampler:
+        """How the student makes images: in one step."""
+        return StudentSampler(first=self.first_time)
+
+    def generator_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
+        """Descend the difference of the guided scores at one re-noised level per sample; neither is differentiated."""
+        x = self.rollout(trio, batch, rng).x
+        with torch.no_grad():
+            t = index_law(self.min_index, self.max_index, self.shift).sample(rng, "vsd.t", x.device)
+            x_t = trio.real_score.schedule.add_noise(x, rng.randn_like(x, "vsd.eps"), t)
+            real = guided(trio.real_score, self.guidance)(x_t, t, batch.cond)
+            fake = guided(trio.critic(), self.guidance)(x_t, t, batch.cond)
+        total = variational(x, real, fake)
+        gap = (fake.x0 - real.x0).square().mean().sqrt()
+        return Loss(total, {"vsd": total.detach(), "vsd/gap_rms": gap, **moments(x)})
+
+    def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
+        """Keep the fake score on the student's present distribution by denoising its samples, weighted by alpha^2."""
+        if self.guidance != 1 and self.drops(rng):
+            batch = replace(batch, cond=batch.cond.unconditional())
+        with torch.no_grad():
+            x = self.rollout(trio, batch, rng).x
+            t = index_law(0, 999, self.shift).sample(rng, "critic.t", x.device)
+            eps = rng.randn_like(x, "critic.eps")
+            x_t = trio.critic().schedule.add_noise(x, eps, t)
+        loss = noise_error(trio.critic()(x_t, t, batch.cond), x, eps)
+        return Loss(loss, {"critic": loss.detach()})
+
+    def drops(self, rng: Rng) -> bool:
+        """Whether this turn's whole global batch is without prompts: about `drop_prompt` of all turns are."""
+        return rng.shared_int("critic.drop", 1_000_000) < self.drop_prompt * 1_000_000
+
+    def rollout(self, trio: Trio, batch: Batch, rng: Rng) -> Rollout:
+        """The student's sample."""
+        return backward_simulation(trio.generator, batch, rng, self.sampler)
