@@ -77,7 +77,7 @@ def test_training_leaves_the_teacher_as_it_was(run):
     [
         ({"guidence": 2}, "method.guidence. Did you mean 'guidance'"),
         ({"num_steps": 0}, "num_steps must be >= 1"),
-        ({"method": "dmd3"}, "no method named 'dmd3'. Did you mean 'dmd2'"),
+        ({"method": "dmmd2"}, "no method named 'dmmd2'. Did you mean 'dmd2'"),
         ({"train": {"lr": 1}}, "no setting train.lr"),
     ],
 )
