@@ -108,8 +108,10 @@ def pairs(
         from fewstep.api import load_teacher, make_pairs
         from fewstep.bar import bar
         from fewstep.environment import device_of
+        from fewstep.training.pairs import check_request
         from fewstep.training.prompts import read_prompts
 
+        check_request(out, n, num_steps, batch_size)
         place, given = device_of(device), read_prompts(prompts) if prompts else None
         loaded = load_teacher(str(teacher)).to(place)
         options = {"num_steps": num_steps, "guidance": guidance, "prompts": given, "negative_prompt": negative_prompt}

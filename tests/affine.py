@@ -39,3 +39,17 @@ def batch(size=6):
 
 def rng(turn="generator", size=6, iteration=0):
     return Rng(0, iteration, turn, tuple(range(size)))
+
+
+def check_isolation(method, players, given) -> None:
+    """Each turn's losses reach the weights of its own player and nobody else's."""
+    networks = {"generator": players.generator, "critic": players.fake_score}
+    losses = {"generator": method.generator_loss, "critic": method.critic_loss}
+    for turn, network in networks.items():
+        with players.turn(turn):
+            losses[turn](players, given, rng(turn)).total.backward()
+        moved = [
+            p for p in (players.generator, players.real_score, players.fake_score) if p.backbone.w.grad is not None
+        ]
+        assert moved == [network]
+        network.zero_grad()

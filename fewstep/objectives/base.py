@@ -76,5 +76,13 @@ class Objective(Protocol):
         ...
 
 
+def check_positive(method: Objective, *names: str) -> None:
+    """Raises ValueError for the first of these settings that is not positive and finite."""
+    for name in names:
+        value = getattr(method, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
 METHODS: Registry[type] = Registry("method")
 register_objective = METHODS.register

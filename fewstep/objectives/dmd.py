@@ -8,7 +8,7 @@ import torch
 
 from fewstep.diffusion import RectifiedFlow, guided
 from fewstep.models.trio import Trio
-from fewstep.objectives.base import Turns, register_objective
+from fewstep.objectives.base import Turns, check_positive, register_objective
 from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import StudentSampler, backward_simulation
 from fewstep.objectives.terms import distribution_matching
@@ -40,10 +40,7 @@ class DMD:
         if self.num_steps != 1:
             raise ValueError(f"num_steps must be 1, got {self.num_steps}: for more steps take --method dmd2")
         index_law(self.min_index, self.max_index)  # raises for indices that are no interval of 0..999
-        for name in ("guidance", "floor", "shift", "first_time"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive finite number, got {value}")
+        check_positive(self, "guidance", "floor", "shift", "first_time")
         if not 0 <= self.regression_weight < float("inf"):
             raise ValueError(f"regression_weight must be a finite number >= 0, got {self.regression_weight}")
         self.sampler.grid(RectifiedFlow())  # raises for a first time above 1

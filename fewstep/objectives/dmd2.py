@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.diffusion import Law, RectifiedFlow, guided
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Trio
-from fewstep.objectives.base import Turns, register_objective
+from fewstep.objectives.base import Turns, check_positive, register_objective
 from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
 from fewstep.objectives.terms import approximate_r1, distribution_matching, gan_critic, gan_generator
@@ -54,10 +54,7 @@ class DMD2:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}: it counts the student's sampling steps")
         self.law(self.min_index, self.max_index)  # raises for indices that are no interval of 0..999
-        for name in ("guidance", "floor", "shift", "student_shift", "first_time", "r1_sigma"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive finite number, got {value}")
+        check_positive(self, "guidance", "floor", "shift", "student_shift", "first_time", "r1_sigma")
         for name in ("gan_weight", "gan_critic_weight", "gan_start", "r1_weight"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):

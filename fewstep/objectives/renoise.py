@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import Clamped, DiscreteUniform, Law, Shifted
+from fewstep.diffusion import Clamped, DiscreteUniform, Law, Prediction, Shifted, guided
 from fewstep.models.trio import Trio
 from fewstep.objectives.terms import denoising
 from fewstep.rng import Rng
@@ -21,16 +23,26 @@ def index_law(low: int, high: int, shift: float = 1.0) -> Law:
     return Clamped(Shifted(DiscreteUniform(low, high), shift), low / 999, high / 999)
 
 
-def fit_fake_score(trio: Trio, x: Tensor, cond: Condition, law: Law, rng: Rng) -> Loss:
+def fit_fake_score(
+    trio: Trio,
+    x: Tensor,
+    cond: Condition,
+    law: Law,
+    rng: Rng,
+    *,
+    guidance: float = 1.0,
+    error: Callable[[Prediction, Tensor, Tensor], Tensor] = denoising,
+) -> Loss:
     """Keep the fake score on the generator's present distribution: it denoises x at levels drawn from `law`.
 
-    x: the generator's samples [B, C, H, W], without graph.  cond: what they were made for; never guided.
+    x: the generator's samples [B, C, H, W], without graph.  cond: what they were made for.  guidance: of the fake
+    score, for a method that guides it everywhere.  error: (prediction, x, eps) -> the scalar that it descends.
     """
     with torch.no_grad():
         t = law.sample(rng, "critic.t", x.device)
         eps = rng.randn_like(x, "critic.eps")
         x_t = trio.critic().schedule.add_noise(x, eps, t)
-    loss = denoising(trio.critic()(x_t, t, cond), x, eps)
+    loss = error(guided(trio.critic(), guidance)(x_t, t, cond), x, eps)
     return Loss(loss, {"critic": loss.detach()})
 
 

@@ -10,11 +10,11 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import Law, guided
+from fewstep.diffusion import Law, Prediction, guided
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Trio
-from fewstep.objectives.base import Turns, register_objective
-from fewstep.objectives.renoise import index_law, moments
+from fewstep.objectives.base import Turns, check_positive, register_objective
+from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
 from fewstep.objectives.terms import denoising, score_identity, with_gradient
 from fewstep.rng import Rng
@@ -53,10 +53,7 @@ class SiD:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}: it counts the student's sampling steps")
         self.law()  # raises for indices that are no interval of 0..999
-        for name in ("guidance", "floor", "shift", "student_shift"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive finite number, got {value}")
+        check_positive(self, "guidance", "floor", "shift", "student_shift")
         if not 0 <= self.alpha < float("inf"):
             raise ValueError(f"alpha must be a finite number >= 0, got {self.alpha}; the papers' are 1 and 1.2")
         if not isfinite(self.k):
@@ -107,13 +104,7 @@ class SiD:
             batch = replace(batch, cond=_dropped(batch.cond, rng.rand("critic.drop") < self.drop_prompt))
         with torch.no_grad(), _evaluating(trio.generator):
             x = self.rollout(trio, batch, rng).x
-            t = self.law().sample(rng, "critic.t", x.device)
-            eps = rng.randn_like(x, "critic.eps")
-            x_t = trio.critic().schedule.add_noise(x, eps, t)
-        pred = guided(trio.critic(), self.k)(x_t, t, batch.cond)
-        # SiD-LSG fits a v network in eps: on VP, its own error times alpha^2 = snr / (snr + 1).
-        loss = (pred.eps - eps).square().mean() if pred.kind == "v" else denoising(pred, x, eps)
-        return Loss(loss, {"critic": loss.detach()})
+        return fit_fake_score(trio, x, batch.cond, self.law(), rng, guidance=self.k, error=_denoising)
 
     @property
     def sampler(self) -> StudentSampler:
@@ -127,6 +118,11 @@ class SiD:
     def law(self) -> Law:
         """Where samples are re-noised to: `index_law` under `shift`."""
         return index_law(self.min_index, self.max_index, self.shift)
+
+
+def _denoising(pred: Prediction, x: Tensor, eps: Tensor) -> Tensor:
+    """`denoising`, but for v networks in eps: on VP, their error times alpha^2 = snr / (snr + 1)     [SiD-LSG]"""
+    return (pred.eps - eps).square().mean() if pred.kind == "v" else denoising(pred, x, eps)
 
 
 def _dropped(cond: Condition, drop: Tensor) -> Condition:

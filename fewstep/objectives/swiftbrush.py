@@ -8,8 +8,8 @@ import torch
 
 from fewstep.diffusion import RectifiedFlow, guided
 from fewstep.models.trio import Trio
-from fewstep.objectives.base import Turns, register_objective
-from fewstep.objectives.renoise import index_law, moments
+from fewstep.objectives.base import Turns, check_positive, register_objective
+from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
 from fewstep.objectives.terms import noise_error, variational
 from fewstep.rng import Rng
@@ -41,10 +41,7 @@ class SwiftBrush:
         if self.num_steps != 1:
             raise ValueError(f"num_steps must be 1, got {self.num_steps}: for more steps take --method dmd2 or sid")
         index_law(self.min_index, self.max_index)  # raises for indices that are no interval of 0..999
-        for name in ("guidance", "shift", "first_time"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive finite number, got {value}")
+        check_positive(self, "guidance", "shift", "first_time")
         if not 0 <= self.drop_prompt < 1:
             raise ValueError(f"drop_prompt must be in [0, 1), got {self.drop_prompt}: it is a share of the turns")
         self.sampler.grid(RectifiedFlow())  # raises for a first time above 1
@@ -82,11 +79,7 @@ class SwiftBrush:
             batch = replace(batch, cond=batch.cond.unconditional())
         with torch.no_grad():
             x = self.rollout(trio, batch, rng).x
-            t = index_law(0, 999, self.shift).sample(rng, "critic.t", x.device)
-            eps = rng.randn_like(x, "critic.eps")
-            x_t = trio.critic().schedule.add_noise(x, eps, t)
-        loss = noise_error(trio.critic()(x_t, t, batch.cond), x, eps)
-        return Loss(loss, {"critic": loss.detach()})
+        return fit_fake_score(trio, x, batch.cond, index_law(0, 999, self.shift), rng, error=noise_error)
 
     def drops(self, rng: Rng) -> bool:
         """Whether this turn's whole global batch is without prompts: about `drop_prompt` of all turns are."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewstep.diffusion import ode
 from fewstep.rng import key
-from fewstep.sampling import Advance, cycled, numbered_noise
+from fewstep.sampling import Advance, check_count, cycled, numbered_noise
 from fewstep.teachers.base import PromptEncoder, Teacher
 from fewstep.training.checkpoint import fingerprint, write_tensors, write_text
 from fewstep.types import Condition, Pair
@@ -75,9 +75,7 @@ def make_pairs(
     of the same settings extend a folder.  progress: called with the number of pairs made, or found there.
     Raises ValueError if the folder holds pairs of other settings, or other things.
     """
-    for name, value in (("n", n), ("num_steps", num_steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    check_request(out, n, num_steps, batch_size)
     prompts = tuple(teacher.prompts if prompts is None else prompts)
     if not prompts:
         raise ValueError(f"teacher {teacher.card.name!r} brings no prompts; give --prompts FILE, one prompt per line")
@@ -104,6 +102,15 @@ def make_pairs(
         else:
             progress(stop - start)
     return card
+
+
+def check_request(out: str | Path, n: int, num_steps: int, batch_size: int) -> None:
+    """What of `make_pairs` can be wrong before a teacher is loaded.  Raises ValueError."""
+    for name, value in (("n", n), ("num_steps", num_steps), ("batch_size", batch_size)):
+        check_count(name, value)
+    out = Path(out)
+    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no pairs; choose another --out")
 
 
 def read_card(folder: str | Path) -> PairsCard:
@@ -180,8 +187,6 @@ def _open(out: Path, card: PairsCard, prompts: Sequence[str]) -> PairsCard:
                 f"{out} holds pairs of other settings; changed: {'; '.join(changed)}. Choose another --out, or give "
                 "the old values"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and holds no pairs; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / PROMPTS, text)
     write_text(out / CARD, json.dumps(asdict(card), indent=1) + "\n")

@@ -134,8 +134,8 @@ MUTANTS = (
         "sid",
         "the fake score is guided where it is evaluated only",
         OBJ,
-        "pred = guided(trio.critic(), self.k)(x_t, t, batch.cond)",
-        "pred = trio.critic()(x_t, t, batch.cond)",
+        "guidance=self.k, error=_denoising",
+        "error=_denoising",
         (f"{SID}::test_the_fake_score_is_fitted_as_it_is_guided",),
     ),
     Mutant(

@@ -121,11 +121,12 @@ def test_hardware_that_is_not_there_is_refused(cli, toy, tmp_path, flags, words)
         (["distill", "--teacher", "gaussian"], ["no method named", "--method NAME"]),
         (["list", "nonsense"], ["'nonsense'", "teachers, methods, runs, ", "dmd2"]),
         (["list", "runs", "--runs", "nowhere"], ["no folder nowhere", "--runs"]),
+        (["pairs", "--teacher", "nowhere", "--out", "pairs", "--n", "0"], ["n must be >= 1", "0"]),
         (["sample", "nowhere"], ["no run at nowhere", "config.yaml is missing", "fewstep list runs"]),
         (["eval", "nowhere"], ["no run at nowhere", "config.yaml is missing"]),
         (["export", "nowhere", "--to", "somewhere"], ["no run at nowhere", "config.yaml is missing"]),
     ],
-    ids=["no-teacher", "no-method", "list", "list-runs", "sample", "eval", "export"],
+    ids=["no-teacher", "no-method", "list", "list-runs", "pairs", "sample", "eval", "export"],
 )
 def test_command_without_its_object_is_refused(cli, arguments, words):
     check_refused(cli(*arguments), *words)

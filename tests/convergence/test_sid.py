@@ -1,12 +1,9 @@
 """SiD on closed-form teachers: the student must recover the distribution, not merely run."""
 
 import pytest
-import torch
 
 import fewstep
-
-OPTIM = {"lr": 2e-3, "betas": [0.0, 0.99], "weight_decay": 0.0, "schedule": "cosine"}
-QUIET = {"evaluate_every": 10_000, "checkpoint_every": 10_000, "log_every": 1000, "device": "cpu"}
+from tests.recovery import OPTIM, QUIET, assert_recovered
 
 
 @pytest.mark.parametrize("schedule", ["flow", "vp", "edm"])
@@ -29,14 +26,4 @@ def test_one_step_recovers_a_gaussians_mean_and_covariance(schedule, run_folder)
         train={"generator": OPTIM, "critic": OPTIM, "ema": 0.98, **QUIET},
         **levels,
     )
-    assert_recovered(run.student.sample(20_000, seed=5, batch_size=20_000))
-
-
-def assert_recovered(x: torch.Tensor) -> None:
-    """Mean and covariance of the default Gaussian within 5% of its spread."""
-    x = x.double()
-    cov = torch.cov(x.T)
-    assert x.mean(0).tolist() == pytest.approx([1.5, -0.5], abs=0.05 * 0.5)
-    assert cov.diagonal().sqrt().tolist() == pytest.approx([0.5, 0.5**0.5], rel=0.05)
-    correlation = cov[0, 1] / cov.diagonal().prod().sqrt()
-    assert correlation.item() == pytest.approx(0.1 / (0.25 * 0.5) ** 0.5, abs=0.05)
+    assert_recovered(run)

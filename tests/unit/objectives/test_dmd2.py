@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from fewstep.objectives.base import Turns
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.rng import Rng
-from tests.affine import batch, rng, trio
+from tests.affine import batch, check_isolation, rng, trio
 
 
 def test_the_generators_gradient_is_the_score_difference_by_hand():
@@ -63,16 +63,7 @@ def test_re_noising_times_lie_on_the_papers_indices():
 
 
 def test_each_turn_moves_only_its_player():
-    players, method = trio(), DMD2(guidance=2.0)
-    with players.turn("generator"):
-        method.generator_loss(players, batch(), rng()).total.backward()
-    assert players.generator.backbone.w.grad is not None
-    assert players.fake_score.backbone.w.grad is None and players.real_score.backbone.w.grad is None
-    players.generator.zero_grad()
-    with players.turn("critic"):
-        method.critic_loss(players, batch(), rng("critic")).total.backward()
-    assert players.fake_score.backbone.w.grad is not None
-    assert players.generator.backbone.w.grad is None and players.real_score.backbone.w.grad is None
+    check_isolation(DMD2(guidance=2.0), trio(), batch())
 
 
 def test_the_critic_reads_neither_real_score_nor_empty_prompt():

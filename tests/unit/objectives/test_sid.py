@@ -17,6 +17,7 @@ from fewstep.objectives.sid import SiD
 from fewstep.objectives.terms import distribution_matching, score_identity
 from fewstep.rng import Rng
 from fewstep.types import Batch, Condition
+from tests.affine import check_isolation, rng
 
 SCHEDULES = {"flow": RectifiedFlow(), "vp": VPTable.scaled_linear(), "edm": EDM()}
 S, SIGMA = 0.5, 0.6
@@ -59,10 +60,6 @@ def trio(weights=((0.5, 0.1), (0.3, 0.2), (0.4, -0.1)), schedule=None, **options
 def batch(size=6):
     prompt = torch.arange(size).double()[:, None] + 1
     return Batch(Condition({"prompt": prompt}, {"prompt": torch.zeros(1, 1)}), (1, 4, 3), tuple(range(size)))
-
-
-def rng(turn="generator", size=6, iteration=0):
-    return Rng(0, iteration, turn, tuple(range(size)))
 
 
 def gaussian_estimates(theta, detach=False):
@@ -214,16 +211,7 @@ def test_the_generators_step_by_hand():
 
 
 def test_each_turn_moves_only_its_player():
-    players, method = trio(), SiD(guidance=2.0)
-    with players.turn("generator"):
-        method.generator_loss(players, batch(), rng()).total.backward()
-    assert players.generator.backbone.w.grad is not None
-    assert players.fake_score.backbone.w.grad is None and players.real_score.backbone.w.grad is None
-    players.generator.zero_grad()
-    with players.turn("critic"):
-        method.critic_loss(players, batch(), rng("critic")).total.backward()
-    assert players.fake_score.backbone.w.grad is not None
-    assert players.generator.backbone.w.grad is None and players.real_score.backbone.w.grad is None
+    check_isolation(SiD(guidance=2.0), trio(), batch())
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
