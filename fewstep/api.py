@@ -12,7 +12,10 @@ from torch import Tensor
 
 from fewstep.config import RunConfig, resolve
 from fewstep.environment import device_of
-from fewstep.models.trio import Trio
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.trio import Sharing, Trio
+from fewstep.objectives.base import student_of
+from fewstep.rng import key
 from fewstep.sampling import Student
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.pipelines import load_teacher
@@ -21,6 +24,7 @@ from fewstep.training.launch import CONFIG, PROMPTS, prepare
 from fewstep.training.pairs import make_pairs
 from fewstep.training.prompts import read_prompts
 from fewstep.training.trainer import Progress
+from fewstep.types import Role
 
 __all__ = ["Run", "distill", "load_student", "load_teacher", "make_pairs", "run"]
 
@@ -137,18 +141,25 @@ def untrained_student(folder: str | Path, *, teacher: Teacher | None = None, dev
     files = (Path(folder) / PROMPTS, Path(config.prompts)) if config.prompts else ()  # the run's copy first
     if found := [path for path in files if path.is_file()]:
         teacher = teacher.showing(read_prompts(found[0]))
-    denoiser = Trio.build(teacher.denoiser, frozenset(), init=teacher.student).generator
+    denoiser = _generator(config, teacher)
     return Student(denoiser.to(place).eval().requires_grad_(False), teacher, config.objective.sampler)
 
 
 def _merged(student: Student, folder: Path, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The student's full weights from what its run saved of it: all of them, or an adapter to the teacher's."""
-    train = resolve(config=folder / CONFIG).train
-    if train.sharing != "lora":
+    config = resolve(config=folder / CONFIG)
+    if config.train.sharing != "lora":
         return state
-    adapted = Trio.build(student.denoiser, frozenset(), sharing="lora", lora=train.lora).generator
+    adapted = _generator(config, student.teacher, "lora")
     adapted.load(state)
-    return {name: value.clone() for name, value in adapted.plain_state().items()}
+    return {name: value.clone() for name, value in adapted.merged_state().items()}
+
+
+def _generator(config: RunConfig, teacher: Teacher, sharing: Sharing = "copies") -> Denoiser:
+    """The run's generator as it was before training, on the CPU or where the teacher is."""
+    made = student_of(config.objective, key(config.train.seed, "own"))
+    none, lora = frozenset[Role](), config.train.lora
+    return Trio.build(teacher.denoiser, none, sharing=sharing, lora=lora, init=teacher.student, student=made).generator
 
 
 def default_out(teacher: str, method: str) -> Path:

@@ -32,6 +32,12 @@ def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best") 
             f"teacher {student.teacher.card.name!r} is no diffusers pipeline, so there is nothing to export into; "
             "its student can be used through fewstep.load_student"
         )
+    steps, extras = student.sampler.num_steps, student.denoiser.backbone.extras
+    if extras - {"until"} or (extras and steps > 1):
+        raise ValueError(
+            f"a student in {steps} steps that is told {', '.join(sorted(extras))} has no diffusers pipeline; use it "
+            "through fewstep.load_student"
+        )
     temporary = to.parent / f".writing-{to.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     to.parent.mkdir(parents=True, exist_ok=True)

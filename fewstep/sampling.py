@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion import few_step, ode
 from fewstep.models.denoiser import Denoiser
-from fewstep.objectives.rollout import StudentSampler
+from fewstep.objectives.rollout import StudentSampler, told
 from fewstep.teachers.base import Teacher
 from fewstep.types import Condition
 
@@ -61,14 +61,16 @@ class Student:
         grid = self.sampler.grid(schedule, num_steps)
 
         def run(eps: Tensor, generators: list[torch.Generator], cond: Condition) -> Tensor:
-            def draw(_index: int, x: Tensor) -> Tensor:
+            calls = count()
+
+            def fresh(x: Tensor) -> Tensor:
                 return numbered_noise(tuple(x.shape[1:]), generators).to(x)
 
             def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-                return self.denoiser(x_t, t, cond).x0
+                return self.denoiser(x_t, t, told(self.denoiser, cond, x_t, grid, next(calls), fresh)).x0
 
             noise = self.sampler.begin(eps, schedule)
-            return few_step(denoise, noise, grid, schedule, draw=draw if stochastic else None)
+            return few_step(denoise, noise, grid, schedule, draw=(lambda _k, x: fresh(x)) if stochastic else None)
 
         return _batched(self.teacher, self.denoiser, run, n, prompts, seed, batch_size, progress)
 

@@ -26,11 +26,17 @@ class Condition:
     """What a network is told besides x_t and t.
 
     tensors: name -> [B, ...].  null: name -> [1, ...], the empty prompt's, the same names; empty if the model has no
-    unconditional branch.
+    unconditional branch.  extra: name -> [B, ...], what is no part of the prompt and only a student is told, such as
+    the time to which it is to go; see `Backbone.extras`.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     null: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def also(self, **extra: Tensor) -> Condition:
+        """The same condition, and these tensors [B, ...] beside those that `extra` holds already."""
+        return Condition(self.tensors, self.null, {**self.extra, **extra})
 
     def unconditional(self) -> Condition:
         """The same condition with every sample's prompt replaced by the empty one.
@@ -44,16 +50,18 @@ class Condition:
         return Condition(
             {k: self.null[k].to(v).expand(v.shape[0], *self.null[k].shape[1:]) for k, v in self.tensors.items()},
             self.null,
+            self.extra,
         )
 
     def to(self, device: object) -> Condition:
         """Every tensor on `device` (a torch.device or its name)."""
-        moved = [{k: v.to(device) for k, v in group.items()} for group in (self.tensors, self.null)]  # type: ignore[call-overload]
+        moved = [{k: v.to(device) for k, v in group.items()} for group in (self.tensors, self.null, self.extra)]  # type: ignore[call-overload]
         return Condition(*moved)
 
     def __getitem__(self, index: slice) -> Condition:
         """The condition of a slice of the batch."""
-        return Condition({k: v[index] for k, v in self.tensors.items()}, self.null)
+        tensors, extra = ({k: v[index] for k, v in group.items()} for group in (self.tensors, self.extra))
+        return Condition(tensors, self.null, extra)
 
 
 class Real(NamedTuple):

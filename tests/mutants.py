@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bugs import decoupled_dmd, dmd2, jvp, sid, swiftbrush
+from tests.bugs import decoupled_dmd, dmd2, jvp, phased_dmd, sid, swiftbrush
 from tests.bugs.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,8 @@ LIMIT = 600
 CRASHES = ("NameError", "TypeError", "AttributeError", "ImportError", "SyntaxError", "IndentationError")
 
 
-MUTANTS = dmd2.MUTANTS + decoupled_dmd.MUTANTS + jvp.MUTANTS + sid.MUTANTS + swiftbrush.MUTANTS
+FILES = (dmd2, decoupled_dmd, jvp, phased_dmd, sid, swiftbrush)
+MUTANTS = tuple(mutant for file in FILES for mutant in file.MUTANTS)
 
 
 def chosen(names: list[str]) -> list[Mutant]:

@@ -22,6 +22,9 @@ Module = TypeVar("Module", bound=nn.Module)
 ADAPTER = "default"
 """peft's name for the one adapter that a skeleton carries; our files leave it out."""
 
+OWN = "own"
+"""The submodule that holds what was added to a network for one role."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
@@ -64,9 +67,30 @@ def add_lora(module: nn.Module, config: LoRA, *, seed: int = 0) -> None:
         inject_adapter_in_model(peft_config, module, ADAPTER)
 
 
-def lora_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters, named as peft saves them; empty if there is no adapter."""
-    found = {name: p for name, p in module.named_parameters() if ".lora_" in name}
+def add_own(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Give the network a part that its role alone has: trained, saved and averaged with it, adapted or not.
+
+    It goes on the network's device and is added after adapters, which would else adapt it, too.
+    """
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if not hasattr(module, OWN):
+        module.add_module(OWN, nn.ModuleDict())
+    own_parts(module)[name] = part.to(device)
+
+
+def own_parts(module: nn.Module) -> nn.ModuleDict:
+    """What `add_own` added, by name; empty if nothing."""
+    return getattr(module, OWN, nn.ModuleDict())
+
+
+def adapted(module: nn.Module) -> bool:
+    """Whether the network carries an adapter."""
+    return any(".lora_" in name for name, _ in module.named_parameters())
+
+
+def own_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters, named as peft saves them, and those of added parts; empty if there are none."""
+    found = {n: p for n, p in module.named_parameters() if ".lora_" in n or n.startswith(f"{OWN}.")}
     return {name.replace(f".{ADAPTER}.", "."): p for name, p in found.items()}
 
 
@@ -85,9 +109,9 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_lora(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put saved adapter weights back.  Raises ValueError if names or shapes are not this adapter's."""
-    weights = lora_weights(module)
+def load_own(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put saved `own_weights` back.  Raises ValueError if names or shapes are not this adapter's."""
+    weights = own_weights(module)
     mine, theirs = ({name: tuple(p.shape) for name, p in group.items()} for group in (weights, state))
     if mine != theirs:
         odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))

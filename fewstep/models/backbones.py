@@ -25,6 +25,11 @@ class CogView4(Backbone):
         count = len(self.module.transformer_blocks)  # type: ignore[arg-type]
         return tuple(f"transformer_blocks.{i}" for i in sorted({count // 2, 3 * count // 4, count - 1}))
 
+    @property
+    def time_embedding(self) -> str:
+        """That of the time alone; sizes have another."""
+        return "time_condition_embed.timestep_embedder"
+
     def network_time(self, t: Tensor) -> Tensor:
         """0..1000, as CogView4Pipeline feeds it."""
         return t.float() * 1000.0
@@ -73,6 +78,11 @@ class UNet2DCondition(Backbone):
     def taps(self) -> tuple[str, ...]:
         """The bottleneck     [DMD2, arXiv:2405.14867, section 4.3]"""
         return ("mid_block",)
+
+    @property
+    def time_embedding(self) -> str:
+        """Before the embeddings of classes and texts, where a network has those."""
+        return "time_embedding"
 
     def network_time(self, t: Tensor) -> Tensor:
         """0..last.  In float32, where every index i survives i / last * last; in float64 748 / 999 * 999 does not."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion import NoiseSchedule, Prediction
-from fewstep.models.adapters import load_lora, lora_weights, merged
+from fewstep.models.adapters import adapted, load_own, merged, own_parts, own_weights
 from fewstep.types import Condition, Kind
 
 
@@ -38,6 +38,26 @@ class Backbone(nn.Module, ABC):
     def taps(self) -> tuple[str, ...]:
         """Names of the submodules whose outputs a GAN reads by default; none if the family has no good ones."""
         return ()
+
+    @property
+    def time_embedding(self) -> str:
+        """Name of the submodule to whose output [B, D] another time's embedding can be added; "" if there is none."""
+        return ""
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What it reads of `Condition.extra`; samplers supply it (see `objectives.rollout.told`).
+
+        until: the time in [0, 1] down to which this call goes, [B] float32.  noise: unit noise of x's shape.
+        """
+        return frozenset()
+
+    def plain_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state of `module` without what was added to it, for one-step use in the network's own pipeline.
+
+        Raises ValueError if nothing but the network with its additions gives its outputs.
+        """
+        return state
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (diffusers' gradient checkpointing).
@@ -70,6 +90,10 @@ class Player(nn.Module):
         """Put a `state` back.  Raises RuntimeError (from torch) if names or shapes differ."""
         self.load_state_dict(dict(state))
 
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The bare networks in it, for whoever prepares them for a device or a precision."""
+        return (self,)
+
 
 class Denoiser(Player):
     """A backbone, the noise schedule that it lives on and what it predicts.
@@ -94,24 +118,45 @@ class Denoiser(Player):
             raw = self.backbone(x_t.to(self.backbone.dtype), self.backbone.network_time(t), cond)
         return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
 
+    @property
+    def own(self) -> nn.ModuleDict:
+        """The parts that were added to the network for this role alone, by name."""
+        return own_parts(self.backbone.module)
+
     def weights(self) -> dict[str, nn.Parameter]:
-        """What is this role's own: its adapter's parameters if it has one, else all of the network's."""
-        return lora_weights(self.backbone.module) or dict(self.backbone.module.named_parameters())
+        """What is this role's own: its adapter's parameters and added parts if it is adapted, else all there are."""
+        module = self.backbone.module
+        return own_weights(module) if adapted(module) else dict(module.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
-        """The adapter's weights if there is one, else the network's state."""
-        return dict(lora_weights(self.backbone.module)) or self.backbone.module.state_dict()
+        """The adapter's and the added parts' weights if there is an adapter, else the network's state."""
+        return dict(self.weights()) if adapted(self.backbone.module) else self.backbone.module.state_dict()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put a `state` back.  Raises RuntimeError or ValueError if names or shapes differ."""
-        if lora_weights(self.backbone.module):
-            load_lora(self.backbone.module, state)
+        if adapted(self.backbone.module):
+            load_own(self.backbone.module, state)
         else:
             self.backbone.module.load_state_dict(dict(state))
 
+    def merged_state(self) -> dict[str, Tensor]:
+        """The state of the network that gives the same outputs without adapters: they are added to its weights."""
+        return merged(self.backbone.module) if adapted(self.backbone.module) else self.state()
+
     def plain_state(self) -> dict[str, Tensor]:
-        """The state of the plain network that gives the same outputs: adapters are added to their weights."""
-        return merged(self.backbone.module) if lora_weights(self.backbone.module) else self.state()
+        """The state of the plain network that gives the same one-step outputs.
+
+        Raises ValueError if added parts cannot be folded into it.
+        """
+        return self.backbone.plain_state(self.merged_state())
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The family's own module."""
+        return (self.backbone.module,)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them; see `Backbone`."""
+        self.backbone.checkpoint_activations()
 
     def twin(self) -> Denoiser:
         """A copy with weights of its own; what is not this role's own (a shared teacher's parameters) stays shared."""

@@ -31,6 +31,12 @@ class EMA:
             # float32 even for a bf16 student: 1e-3 of an update is lost below bf16's 8 bits.
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
+    def restart(self, source: Denoiser) -> None:
+        """Average anew from `source`'s present weights."""
+        self.updates = 0
+        if source is not self.denoiser:
+            self.denoiser.load(source.state())
+
     @torch.no_grad()
     def update(self, source: Denoiser) -> None:
         """Move the average towards `source`'s present weights; buffers are copied."""

@@ -31,12 +31,18 @@ class Trio:
     real_score: Denoiser
     fake_score: Denoiser | None = None
     head: Head | None = None
+    fresh: Callable[[], Denoiser] | None = None  # a fake score as it is at the start
 
     def critic(self) -> Denoiser:
         """The fake score.  Raises ValueError if this trio was built without one."""
         if self.fake_score is None:
             raise ValueError("this trio has no fake score; the objective's `roles` must contain 'fake_score'")
         return self.fake_score
+
+    def reset_fake_score(self) -> None:
+        """Make the fake score, if there is one, what it was at the start: the teacher."""
+        if self.fake_score is not None and self.fresh is not None:
+            self.fake_score.load(self.fresh().state())
 
     def players(self) -> dict[Turn, dict[str, Player]]:
         """The networks that each turn trains, by role."""
@@ -75,7 +81,7 @@ class Trio:
         """Recompute the activations of the networks that train instead of keeping them."""
         for network in (self.generator, self.fake_score):
             if network is not None:
-                network.backbone.checkpoint_activations()
+                network.checkpoint_activations()
 
     def add_head(self, network: Denoiser, batch: Batch, taps: Sequence[str] = (), *, seed: int = 0) -> None:
         """Give it a GAN head on the outputs of named modules of `network`, by default those that its family names.
@@ -105,12 +111,14 @@ class Trio:
         sharing: Sharing = "copies",
         lora: LoRA | None = None,
         init: Callable[[], Denoiser] | None = None,
+        student: Callable[[Callable[[], Denoiser]], Denoiser] | None = None,
         seed: int = 0,
     ) -> Trio:
         """A trio around the teacher's denoiser: generator and fake score start from its weights.  `head` is set apart.
 
         init: makes the network that both start from, for a teacher that is a formula and not a network.
-        seed: of the adapters' initial values.
+        student: makes the generator from copies of that network, each of which is a call, for a method whose student
+        is more than one copy.  seed: of the adapters' initial values.
         Raises ValueError for an unknown `sharing` and for roles that cannot be supplied.
         """
         if sharing not in get_args(Sharing):
@@ -136,8 +144,8 @@ class Trio:
             add_lora(role.backbone.module, lora or LoRA(), seed=seed)
             return role
 
-        generator = adapted() if sharing == "lora" else full()
-        fake_score = None
-        if "fake_score" in roles:
-            fake_score = full() if sharing == "copies" else adapted()
-        return cls(generator, real_score, fake_score)
+        make, fresh = adapted if sharing == "lora" else full, full if sharing == "copies" else adapted
+        generator = make() if student is None else student(make).train()
+        if "fake_score" not in roles:
+            return cls(generator, real_score)
+        return cls(generator, real_score, fresh(), fresh=fresh)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Trio
 from fewstep.objectives.rollout import StudentSampler
 from fewstep.registry import Registry
@@ -45,6 +46,12 @@ class Objective(Protocol):
 
     Losses are means over the micro-batch.  A method that must back-propagate several graphs one after the other
     yields several `Loss`es; each needs a rollout of its own, since the first backward frees the graph.
+
+    What only some methods have, and others leave out:
+    student(make, seed) -> Denoiser: the generator, of copies of the start network, each of which is a call of make.
+    stages: tuple[Stage, ...], trained one after the other.  begin(trio): a stage's preparation, also on resume.
+    probe(trio, batch, rng): raises RuntimeError if the derivatives that its losses take are not sound; called once
+    before training if `needs` names jvp.
     """
 
     @property
@@ -74,6 +81,31 @@ class Objective(Protocol):
     def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss | Iterable[Loss]:
         """What fake score and head descend; called only if `roles` asks for them."""
         ...
+
+
+class Stage(NamedTuple):
+    """A part of a run with an objective of its own, for a share of the iterations (see `stages_of`).
+
+    At its start the fake score is the teacher again, the optimisers and their rates start anew, and the averaged
+    weights become the generator's.  The roles, needs and sampler of the run are those of the method as a whole.
+    """
+
+    objective: Objective
+    share: float
+
+
+def stages_of(method: Objective) -> tuple[Stage, ...]:
+    """The stages of a method; of most, one."""
+    return getattr(method, "stages", None) or (Stage(method, 1.0),)
+
+
+def student_of(method: Objective, seed: int) -> Callable[[Callable[[], Denoiser]], Denoiser] | None:
+    """What makes the method's generator from copies of the start network; None if it is one such copy.
+
+    seed: of the values of parts that are not the teacher's.
+    """
+    own = getattr(method, "student", None)
+    return None if own is None else lambda make: own(make, seed)
 
 
 def check_positive(method: Objective, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -13,7 +14,7 @@ from torch import Tensor
 from fewstep.diffusion import NoiseSchedule, few_step, student_grid
 from fewstep.models.denoiser import Denoiser
 from fewstep.rng import Rng
-from fewstep.types import Batch
+from fewstep.types import Batch, Condition
 
 
 class Rollout(NamedTuple):
@@ -55,6 +56,22 @@ class StudentSampler:
         return schedule.at(self.grid(schedule, 1).double()).sigma.to(eps) * eps
 
 
+def told(
+    network: Denoiser, cond: Condition, x: Tensor, grid: Tensor, step: int, noise: Callable[[Tensor], Tensor]
+) -> Condition:
+    """The condition, and what else this network reads at a step of the sampler (see `Backbone.extras`).
+
+    x: its input [B, ...].  grid: the sampler's times.  noise: draws unit noise of a tensor's shape; called if needed.
+    """
+    extra, wanted = {}, network.backbone.extras
+    if "until" in wanted:
+        until = float(grid[step + 1]) if step + 1 < len(grid) else 0.0
+        extra["until"] = torch.full((len(x),), until, device=x.device)
+    if "noise" in wanted:
+        extra["noise"] = noise(x)
+    return cond.also(**extra) if extra else cond
+
+
 def backward_simulation(
     generator: Denoiser, batch: Batch, rng: Rng, sampler: StudentSampler, *, stream: str = "rollout"
 ) -> Rollout:
@@ -67,15 +84,17 @@ def backward_simulation(
     stream: prefix of the random streams; a second rollout in the same turn needs another.
     """
     step, calls = rng.shared_int(f"{stream}.step", sampler.num_steps), count()
-    grid = sampler.grid(generator.schedule)[: step + 1]
+    grid = sampler.grid(generator.schedule)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        with nullcontext() if next(calls) == step else torch.no_grad():
-            return generator(x_t, t, batch.cond).x0
+        k = next(calls)
+        cond = told(generator, batch.cond, x_t, grid, k, lambda x: rng.randn_like(x, f"{stream}.inner{k}"))
+        with nullcontext() if k == step else torch.no_grad():
+            return generator(x_t, t, cond).x0
 
     def draw(index: int, x0: Tensor) -> Tensor:
         return rng.randn_like(x0, f"{stream}.renoise{index}")
 
     noise = sampler.begin(rng.randn(f"{stream}.noise", batch.shape), generator.schedule)
-    x = few_step(denoise, noise, grid, generator.schedule, draw=draw if sampler.stochastic else None)
+    x = few_step(denoise, noise, grid[: step + 1], generator.schedule, draw=draw if sampler.stochastic else None)
     return Rollout(x, step)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fewstep.diffusion import EDM, Prediction, raw_of
+from fewstep.diffusion import EDM, NoiseSchedule, Prediction, like, raw_of
 from fewstep_cuda import score_difference
 
 
@@ -84,12 +84,59 @@ def denoising(pred: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
     """
     target = raw_of(pred.kind, x0, eps, pred.t, pred.schedule)
     error = (pred.raw.to(target.dtype) - target).square().flatten(1).mean(1)
-    if pred.kind == "x0":
-        c = pred.schedule.at(pred.t)
-        sigma_data = pred.schedule.sigma_data if isinstance(pred.schedule, EDM) else 0.5
-        # EDM's cleanest level is sigma .002; a schedule that reaches 0 would weigh a rounding error infinitely.
-        error = error * ((c.alpha / c.sigma.clamp_min(2e-3)).square() + sigma_data**-2)
-    return error.mean()
+    return (error * _edm_weight(pred)).mean()
+
+
+def interval_denoising(pred: Prediction, x_s: Tensor, eps: Tensor, s: Tensor, *, cap: float = 10.0) -> Tensor:
+    """The fake score's regression from samples x_s that still hold the noise of time s.
+
+    As score(x_t) = E[-eps / s_ts | x_t],  x_t = a_ts x_s + s_ts eps,  what `denoising` regresses on becomes
+    x0 -> x_s / a_s - a_t s_s^2 / (a_s^2 s_ts) eps,  eps -> s_t / s_ts eps     [Phased DMD, arXiv:2510.27684, eq. 11-12]
+    whose variance has no bound at t = s, so that it is multiplied by s_ts first:
+    L = mean min(1 / s_ts^2, cap) (s_ts raw - target s_ts)^2     [eq. 13; eps and v: DERIVED]
+    The target of `denoising`, from x_s as if it were clean, would be biased.
+
+    On EDM, whose sigmas are not of the order of 1, cap is divided by (2 s_s)^2: the same at s_s = 1/2 (DERIVED).
+    x0 networks are weighted as in `denoising`.  s: [B] <= pred.t.  x_s, eps: [B, C, H, W].  Returns a scalar.
+    """
+    schedule, kind = pred.schedule, pred.kind
+    at_s, at_t, ts = schedule.at(s.double()), schedule.at(pred.t.double()), schedule.between(s, pred.t)
+    c_s, c_t, c_ts = (c.to(torch.promote_types(x_s.dtype, torch.float32)).like(x_s) for c in (at_s, at_t, ts))
+    x0 = c_ts.sigma * _wide(x_s) / c_s.alpha - c_t.alpha * c_s.sigma.square() / c_s.alpha.square() * _wide(eps)
+    target = raw_of(kind, x0, c_t.sigma * _wide(eps), pred.t, schedule)
+    error = (c_ts.sigma * pred.raw.to(target.dtype) - target).square().flatten(1).mean(1)
+    limit = cap / (2 * at_s.sigma).square() if isinstance(schedule, EDM) else torch.full_like(at_s.sigma, cap)
+    weight = torch.minimum(ts.sigma.square().reciprocal(), limit).to(error)
+    return (weight * error * _edm_weight(pred)).mean()
+
+
+def _edm_weight(pred: Prediction) -> Tensor | float:
+    """Of an x0 network's squared error, [B]; 1 for others."""
+    if pred.kind != "x0":
+        return 1.0
+    c = pred.schedule.at(pred.t)
+    sigma_data = pred.schedule.sigma_data if isinstance(pred.schedule, EDM) else 0.5
+    # EDM's cleanest level is sigma .002; a schedule that reaches 0 would weigh a rounding error infinitely.
+    return (c.alpha / c.sigma.clamp_min(2e-3)).square() + sigma_data**-2
+
+
+def interval_matching(
+    x_s: Tensor, real_x0: Tensor, fake_x0: Tensor, s: Tensor | None, t: Tensor, schedule: NoiseSchedule
+) -> tuple[Tensor, Tensor]:
+    """The matching of states at time s as its gradient surrogate, unnormalised, and its weight.
+
+    w = a_ts a_t / s_t^2,  g = w (fake_x0 - real_x0) = a_ts (score_fake - score_real)
+    which is w_ts (real - fake) in velocities     [Phased DMD, arXiv:2510.27684, eq. 10]
+    L = 0.5 mse(x_s, stopgrad(x_s - g)), so dL/dx_s = g / numel(x_s)
+
+    x_s: the student's states [B, C, H, W], with graph.  s: their time [B], None for clean samples.  t: [B], where both
+    clean estimates are of.  Returns (scalar L, w [B]).
+    """
+    c = schedule.at(t.double())
+    onward = c.alpha if s is None else schedule.between(s, t).alpha
+    weight = (onward * c.alpha / c.sigma.square()).to(torch.promote_types(x_s.dtype, torch.float32))
+    grad = like(weight, x_s) * (_wide(fake_x0) - _wide(real_x0))
+    return with_gradient(x_s, 0.5 * grad.square().mean(), grad / grad.numel()), weight
 
 
 def variational(x: Tensor, real: Prediction, fake: Prediction) -> Tensor:

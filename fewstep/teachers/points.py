@@ -62,6 +62,11 @@ class PointBackbone(Backbone):
         """The last hidden layer."""
         return ("layers.1",)
 
+    @property
+    def time_embedding(self) -> str:
+        """The first layer, which hears of the time together with the point."""
+        return "inner"
+
     def network_time(self, t: Tensor) -> Tensor:
         """t itself."""
         return t

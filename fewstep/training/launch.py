@@ -18,7 +18,8 @@ from fewstep.bar import bar
 from fewstep.config import RunConfig, differences, read_yaml
 from fewstep.environment import describe, device_of
 from fewstep.models.trio import Trio
-from fewstep.rng import key
+from fewstep.objectives.base import student_of
+from fewstep.rng import Rng, key
 from fewstep.teachers.base import Teacher
 from fewstep.training import checkpoint
 from fewstep.training.data import PromptData
@@ -89,6 +90,8 @@ def prepare(
     )
     if start is not None:
         trainer.load(start)
+    elif "jvp" in config.objective.needs:
+        _probe(config, trainer)
     accelerator.wait_for_everyone()  # nobody writes before all processes have looked at the folder
     if accelerator.is_main_process:
         if resume:
@@ -103,12 +106,24 @@ def prepare(
     return trainer, teacher
 
 
+def _probe(config: RunConfig, trainer: Trainer) -> None:
+    """Let the method look whether its networks' derivatives are sound, on two samples."""
+    device, ids = trainer.accelerator.device, (0, 1)
+    rng = Rng(config.train.seed, 0, "generator", ids, device)
+    config.objective.probe(trainer.trio, trainer.data.batch(ids, device), rng)  # type: ignore[attr-defined]
+
+
 def _trio(config: RunConfig, teacher: Teacher, data: PromptData) -> Trio:
     """The networks that the method asks for, on the teacher's device."""
     train, method = config.train, config.objective
-    seed = key(train.seed, "lora")
     trio = Trio.build(
-        teacher.denoiser, method.roles, sharing=train.sharing, lora=train.lora, init=teacher.student, seed=seed
+        teacher.denoiser,
+        method.roles,
+        sharing=train.sharing,
+        lora=train.lora,
+        init=teacher.student,
+        student=student_of(method, key(train.seed, "own")),
+        seed=key(train.seed, "lora"),
     )
     if "head" in method.roles:
         network = method.features(trio)  # type: ignore[attr-defined]
@@ -225,18 +240,17 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
             f"teacher {teacher.card.name!r} brings no prompts to distil on, and the empty one alone would teach a "
             "student nothing about any other; give --prompts FILE, one prompt per line"
         )
-    needs = config.objective.needs
-    if missing := needs - {"latents", "pairs"}:
+    needs, settings = config.objective.needs, config.to_dict()["method"]
+    if missing := needs - {"latents", "pairs", "jvp"}:
         raise ValueError(
             f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
         )
     if "latents" in needs and config.data is None and teacher.reals is None:
+        leave = ", or --set method.gan_weight=0" if settings.get("gan_weight") else ""
         raise ValueError(
-            f"method {config.method!r} with these settings needs real samples (its GAN), and teacher "
-            f"{teacher.card.name!r} brings none; give --data FOLDER with captioned pictures, or --set "
-            "method.gan_weight=0"
+            f"method {config.method!r} with these settings needs real samples{' (its GAN)' if leave else ''}, and "
+            f"teacher {teacher.card.name!r} brings none; give --data FOLDER with captioned pictures{leave}"
         )
-    settings = config.to_dict()["method"]
     for name in ("guidance", "fake_guidance"):
         scale = settings.get(name)  # a method may have none
         if scale not in (None, 1) and not teacher.encode(prompts[:1]).null:

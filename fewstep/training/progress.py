@@ -29,11 +29,17 @@ class Progress:
 
     iteration: int = 0
     updates: dict[str, int] = field(default_factory=lambda: {"generator": 0, "critic": 0})
+    stage: int = 0
+    before: dict[str, int] = field(default_factory=lambda: {"generator": 0, "critic": 0})  # updates of earlier stages
     skipped: int = 0
     # By player: the critic's good steps must not hide a generator that never moves again.
     skipped_in_a_row: dict[str, int] = field(default_factory=lambda: {"generator": 0, "critic": 0})
     seconds: float = 0.0
     best: dict[str, float] | None = None
+
+    def enter(self, stage: int) -> None:
+        """A stage begins: rates count from here, and the best student of another stage is no measure."""
+        self.stage, self.before, self.best = stage, dict(self.updates), None
 
     def updated(self, turn: Turn) -> None:
         """This player made a step."""

@@ -22,6 +22,8 @@ from fewstep.training.optim import build_optimizer, learning_rate
 from fewstep.training.options import TrainConfig
 from fewstep.training.progress import PATIENCE, Diverged, Interrupted, Progress
 from fewstep.training.signals import stop_signals
+from fewstep.training.stages import Stages
+from fewstep.training.state import capture, restore
 from fewstep.training.tracking import Tracker
 from fewstep.types import Loss, Turn
 
@@ -60,14 +62,16 @@ class Trainer:
                 f"batch_size {config.batch_size} is not a multiple of accumulate x processes = "
                 f"{config.accumulate} x {ranks}"
             )
-        self.config, self.trio, self.objective, self.data = config, trio, objective, data
+        self.config, self.trio, self.data = config, trio, data
+        self.stages = Stages(objective, config.iterations)
         self.out, self.accelerator, self.monitor = out, accelerator, monitor
         self.console = console or Console(stderr=True)
         self.progress = Progress()
         self.ema = EMA(trio.generator, config.ema)
-        self._sums: dict[str, list[Tensor]] = {}
-        self._teacher = checkpoint.fingerprint(trio.real_score)
+        self.sums: dict[str, list[Tensor]] = {}
+        self.teacher_weights = checkpoint.fingerprint(trio.real_score)
         self._prepare()
+        self.begin(0)
 
     # -- one run ------------------------------------------------------------------------------------------------
 
@@ -96,21 +100,25 @@ class Trainer:
         """One iteration: the objective's turns, in order."""
         # Dropout and the like draw from the global generator; keyed by iteration it needs no place in a checkpoint.
         torch.manual_seed(key(self.config.seed, iteration, self.accelerator.process_index))
-        for turn in self.objective.turns.at(iteration):
+        if (stage := self.stages.at(iteration)) != self.progress.stage:
+            self._enter(stage)
+        for turn in self.objective.turns.at(iteration - self.stages.starts[stage]):
             if turn in self.players:  # a method without a fake score has no critic's turn
                 self._update(turn, iteration)
 
     def _update(self, turn: Turn, iteration: int) -> None:
         """One player's update: losses of all micro-batches, backward, clip, step."""
         optimizer, config = self.optimizers[turn], getattr(self.config, turn)
-        rate = learning_rate(config, self.progress.updates[turn], self._planned[turn])
+        done = self.progress.updates[turn] - self.progress.before[turn]
+        rate = learning_rate(config, done, self._planned[turn])
+        since = iteration - self.stages.starts[self.progress.stage]  # a stage's objective counts from its own start
         for group in optimizer.param_groups:
             group["lr"] = rate
         metrics = []
         with self.trio.turn(turn):
             for ids in self._micro_batches(iteration):
                 batch = self.data.batch(ids, self.accelerator.device)
-                rng = Rng(self.config.seed, iteration, turn, ids, self.accelerator.device)
+                rng = Rng(self.config.seed, since, turn, ids, self.accelerator.device)
                 losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
                 for loss in [losses] if isinstance(losses, Loss) else losses:
                     self.accelerator.backward(loss.total / self.config.accumulate)
@@ -167,14 +175,29 @@ class Trainer:
         for network in (self.trio.real_score, self.ema.denoiser, *trained):
             network.to(self.accelerator.device)
         for network in (self.trio.real_score, *trained):
-            parallel.prepare(network.backbone.module if isinstance(network, Denoiser) else network, self.accelerator)
+            for module in network.networks():
+                parallel.prepare(module, self.accelerator)
+
+    def begin(self, stage: int) -> None:
+        """Set a stage up, as the run begins, goes from one to the next, or resumes."""
+        self.objective = self.stages[stage]
+        if begin := getattr(self.objective, "begin", None):
+            begin(self.trio)
         self.optimizers = {
             turn: self.accelerator.prepare_optimizer(build_optimizer(self.trio.weights(turn), config))
             for turn, config in (("generator", self.config.generator), ("critic", self.config.critic))
             if turn in self.players
         }
-        turns = [self.objective.turns.at(i) for i in range(self.config.iterations)]
-        self._planned = {turn: sum(turn in now for now in turns) for turn in self.players}
+        self._planned = {turn: self.stages.planned(stage, turn) for turn in self.players}
+
+    def _enter(self, stage: int) -> None:
+        """Go from one stage to the next: what the last one learned, on average, is what this one builds on."""
+        self.trio.generator.load(self.ema.denoiser.state())
+        self.ema.restart(self.trio.generator)
+        self.trio.reset_fake_score()
+        self.progress.enter(stage)
+        self.begin(stage)
+        self.tracker.say(f"stage {stage + 1} of {len(self.stages)}, to iteration {self.stages.ends[stage]}")
 
     # -- cadences -----------------------------------------------------------------------------------------------
 
@@ -196,8 +219,8 @@ class Trainer:
         return parallel.largest(value, self.accelerator)
 
     def _log(self, done: int) -> None:
-        means = {k: parallel.mean(torch.stack(v).mean(), self.accelerator) for k, v in self._sums.items()}
-        self._sums = {}
+        means = {k: parallel.mean(torch.stack(v).mean(), self.accelerator) for k, v in self.sums.items()}
+        self.sums = {}
         row: dict[str, float | int] = {name: float(value) for name, value in sorted(means.items())}
         row |= {"generator_updates": self.progress.updates["generator"], "skipped": self.progress.skipped}
         if self.accelerator.is_main_process:
@@ -232,65 +255,22 @@ class Trainer:
 
     def _collect(self, metrics: Any) -> None:
         for name, value in metrics.items():
-            self._sums.setdefault(name, []).append(value.detach().float())
+            self.sums.setdefault(name, []).append(value.detach().float())
 
     # -- state --------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Write a checkpoint of the present iteration, then delete what `keep` does not cover."""
         folder = checkpoint.folder_of(self.out, self.progress.iteration)
-        unlogged = {k: parallel.mean(torch.stack(v), self.accelerator) for k, v in self._sums.items()}
+        unlogged = {k: parallel.mean(torch.stack(v), self.accelerator) for k, v in self.sums.items()}
         with parallel.failing_together("saving", self.accelerator):
             if self.accelerator.is_main_process:
-                checkpoint.write(folder, self._state(unlogged))
+                checkpoint.write(folder, capture(self, unlogged))
                 best = self.progress.best
                 kept = int(best["iteration"]) if best else None
                 checkpoint.prune(self.out, self.config.keep, kept, written=folder)
         return folder
 
-    def _state(self, unlogged: dict[str, Tensor]) -> checkpoint.Checkpoint:
-        tensors: dict[str, dict[str, Tensor]] = {"ema": self.ema.denoiser.state(), "unlogged": unlogged}
-        extra: dict[str, Any] = {}
-        for turn, networks in self.players.items():
-            tensors |= {role: network.state() for role, network in networks.items()}
-            tensors[f"optimizer_{turn}"], extra[turn] = checkpoint.pack_optimizer(self.optimizers[turn])
-        scaler = self.accelerator.scaler
-        return checkpoint.Checkpoint(
-            tensors,
-            {
-                "progress": vars(self.progress),
-                "optimizers": extra,
-                "ema_updates": self.ema.updates,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "prompts": self.data.digest,
-                "teacher": self._teacher,
-            },
-        )
-
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint.  Raises ValueError if it is damaged, or of another teacher or other prompts."""
-        saved = checkpoint.read(folder)
-        if saved.state["prompts"] != self.data.digest:
-            raise ValueError(
-                f"{folder} was trained on other prompts or real samples; give the old ones, or start another run"
-            )
-        if saved.state["teacher"] != self._teacher:
-            raise ValueError(
-                f"{folder} was trained on other teacher weights; name their revision, or start another run"
-            )
-        if saved.state["progress"]["iteration"] > self.config.iterations:
-            raise ValueError(
-                f"iterations = {self.config.iterations}, but {folder} has done {saved.state['progress']['iteration']}; "
-                "a resumed run may only grow"
-            )
-        self.progress = Progress(**saved.state["progress"])
-        self._sums = {k: list(v.to(self.accelerator.device)) for k, v in saved.tensors["unlogged"].items()}
-        self.ema.denoiser.load(saved.tensors["ema"])
-        self.ema.updates = saved.state["ema_updates"]
-        for turn, networks in self.players.items():
-            for role, network in networks.items():
-                network.load(saved.tensors[role])
-            tensors = saved.tensors[f"optimizer_{turn}"]
-            checkpoint.unpack_optimizer(self.optimizers[turn], tensors, saved.state["optimizers"][turn])
-        if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        """Go on from a checkpoint.  Raises ValueError if it is damaged, or not of this run's data and teacher."""
+        restore(self, folder)

@@ -92,7 +92,7 @@ def test_student_uses_its_own_grid(teacher):
 class _Spy(torch.nn.Module):
     def __init__(self, denoiser, call):
         super().__init__()
-        self.schedule, self.call = denoiser.schedule, call
+        self.schedule, self.backbone, self.call = denoiser.schedule, denoiser.backbone, call
 
     def forward(self, *arguments, **options):
         return self.call(*arguments, **options)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fewstep.diffusion import RectifiedFlow, VPTable
-from fewstep.models.adapters import LoRA, add_lora, lora_weights
+from fewstep.models.adapters import LoRA, add_lora, own_weights
 from fewstep.models.backbones import CogView4, UNet2DCondition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.ema import EMA
@@ -65,7 +65,7 @@ def test_an_adapter_adds_alpha_over_rank_times_ba():
     net = nn.Sequential(nn.Linear(5, 3))
     plain, x = copy.deepcopy(net), torch.randn(4, 5)
     add_lora(net, LoRA(rank=2, alpha=3.0))
-    a, b = lora_weights(net).values()
+    a, b = own_weights(net).values()
     with torch.no_grad():
         b.normal_()
     assert_close(net(x), plain(x) + 1.5 * x @ a.T @ b.T)
@@ -78,7 +78,7 @@ def test_adapters_start_from_their_seed_alone():
         torch.manual_seed(state)
         net = nn.Sequential(nn.Linear(5, 3))
         add_lora(net, LoRA(rank=2), seed=7)
-        starts.append(next(iter(lora_weights(net).values())))
+        starts.append(next(iter(own_weights(net).values())))
     assert torch.equal(*starts)
 
 
@@ -274,6 +274,6 @@ def test_targets_choose_layers_and_unknown_ones_are_named():
     with pytest.raises(ValueError, match=r"ends in \['to_z'\]; this network has .*to_out\.0, to_q"):
         add_lora(copy.deepcopy(module), LoRA(targets=("to_q", "to_z")))
     add_lora(module, LoRA(targets=("to_q",)))
-    assert all(".to_q." in name for name in lora_weights(module))
+    assert all(".to_q." in name for name in own_weights(module))
     with pytest.raises(ValueError, match="rank >= 1"):
         LoRA(rank=0)

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from fewstep.models.trio import Trio
+from fewstep.objectives.base import student_of
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.teachers import mixture
 from fewstep.teachers.points import PointNet
@@ -43,7 +44,8 @@ def trainer_of(tmp_path: Path) -> Callable[..., Trainer]:
             denoiser.backbone.module = (WithDropout if dropout else PointNet)(2, 1, width=8)
             return denoiser
 
-        trio = Trio.build(teacher.denoiser, objective.roles, init=student)
+        own = student_of(objective, 0)
+        trio = Trio.build(teacher.denoiser, objective.roles, init=student, student=own)
         data = PromptData(("",), teacher.encode, teacher.shape, 0)
         config = TrainConfig(**{"batch_size": 4, "iterations": 100, "device": "cpu", **train})
         console = Console(file=io.StringIO(), width=200)

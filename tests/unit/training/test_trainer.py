@@ -167,7 +167,7 @@ def test_gradient_is_clipped_to_each_players_own_norm(trainer_of: TrainerOf):
         optimizer.step = stepped
     steps(trainer, 0, 1)
     assert norms == pytest.approx({"generator": 1e-3, "critic": 2e-3}, rel=1e-3)  # torch divides by norm + 1e-6
-    assert trainer._sums["critic/grad_norm"][0] > 0.1
+    assert trainer.sums["critic/grad_norm"][0] > 0.1
 
 
 def test_rates_follow_each_players_own_updates(trainer_of: TrainerOf):
@@ -292,7 +292,7 @@ def test_a_skipped_steps_figures_are_not_logged(trainer_of: TrainerOf):
     """Fails if they are collected before the finite check: one NaN would be the mean of the whole interval."""
     trainer = trainer_of(broken(generator_at=[1]))
     steps(trainer, 0, 3)
-    assert len(trainer._sums["dm"]) == 2 and len(trainer._sums["critic"]) == 3
+    assert len(trainer.sums["dm"]) == 2 and len(trainer.sums["critic"]) == 3
 
 
 def test_a_resumed_run_cannot_shrink(trainer_of: TrainerOf):
