@@ -5,6 +5,7 @@ INDEX_URL ?=#           where torch comes from, e.g. https://download.pytorch.or
 JOBS      ?= 2#         test processes, one torch thread each
 STAGE     ?= all#       make teachers STAGE=classifier|references|text|clip|vae|dit|reals|unet|card
 ARGS      ?=#           passed on to pytest, or to tests.mutants
+REASON    ?=#           make golden REASON="..."
 OWN       := $(if $(filter .venv,$(strip $(VENV))),yes)
 VENV      := $(strip $(VENV))
 PY        := $(VENV)/bin/python
@@ -17,7 +18,7 @@ OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clock demo test test-all oracles mutants check format smoke index teachers clean
+.PHONY: help setup clock demo test test-all oracles mutants compare golden check format smoke index teachers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +34,10 @@ oracles: setup  ## the metrics against clean-fid's and torch-fidelity's own (wit
 	PYTHONPATH=build/oracles $(PY) -m pytest -q tests/unit/metrics $(ARGS)
 mutants: setup  ## put known bugs in, one by one, and see that a test catches each
 	$(PY) -m tests.mutants $(ARGS)
+compare: setup  ## every method on the embedded teachers, 20 minutes each (ARGS=NAME for some; hours in all)
+	$(PY) -m eval.compare_methods $(ARGS)
+golden: setup  ## record the methods' trajectories again: make golden REASON="why the numbers change" [ARGS=METHOD]
+	$(PY) -m tests.golden.trajectories "$(REASON)" $(ARGS)
 check: setup  ## formatting, lint, types, import rules
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .

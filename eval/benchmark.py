@@ -14,20 +14,18 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from eval import running
 from eval.memory import measure
+from eval.running import ROOT
 from fewstep.bar import bar
-from fewstep.training.checkpoint import write_text
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results" / "benchmark"
-SEEDS, SAMPLES = 3, 10_000
 COLUMNS = {"fmd": "FMD", "agreement": "agreement", "precision": "precision", "recall": "recall", "clip_score": "CLIP"}
 
 
@@ -99,50 +97,13 @@ def main() -> int:
 def make(run: Run, folder: Path) -> int:
     """Train, evaluate and measure a run in child processes, and store its result.  Returns the first failure's code."""
     start = ["distill", "--config", run.recipe, *(word for value in run.sets for word in ("--set", value))]
-    resumed = ["--resume"] if (folder / "config.yaml").is_file() else []
-    judge = ["eval", str(folder), "--seeds", str(SEEDS), "--n", str(SAMPLES), "--no-untrained"]
-    folder.mkdir(parents=True, exist_ok=True)
-    spent = folder.parent / f"{run.name}.seconds"  # of the processor, by this run and what it resumes
-    with (folder.parent / f"{run.name}.log").open("a", encoding="utf-8") as log:
-        code, seconds = child([*start, "--out", str(folder), *resumed], log)
-        seconds += float(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
-        spent.write_text(f"{seconds}\n", encoding="utf-8")
-        if not (folder / "eval.json").is_file():
-            code = code or child(judge, log)[0]
+    code, seconds = running.made(start, folder)
     if code:
         return code
     costs: dict[str, Any] = {"cpu_minutes": round(seconds / 60, 1)}
     costs["memory_mib"] = {name: round(value) for name, value in measure(ROOT / run.recipe, run.sets).items()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_text(result_of(run), json.dumps(result(run, start, folder) | costs, indent=1) + "\n")
+    running.store(result_of(run), {"run": vars(run)} | running.result(start, folder) | costs)
     return 0
-
-
-def child(words: list[str], log: IO[str]) -> tuple[int, float]:
-    """Run `fewstep WORDS`.  Returns its exit code and the seconds of processor time that it took, all threads together:
-    unlike the wall's, they say little about what else the machine did."""
-    command = [sys.executable, "-m", "fewstep.cli", *words]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_utime + usage.ru_stime
-
-
-def result(run: Run, command: list[str], folder: Path) -> dict[str, Any]:
-    """What is kept of a finished run: how it was made, on what, and what came out."""
-    judged = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    rows = {row["model"]: row for row in judged["rows"]}
-    newest = sorted((folder / "checkpoints").glob("*/state.json"))[-1]
-    seconds = json.loads(newest.read_text(encoding="utf-8"))["progress"]["seconds"]
-    return {
-        "run": vars(run),
-        "command": " ".join(["fewstep", *command]),
-        "iteration": judged["iteration"],
-        "student": rows["student"],
-        "minutes": round(seconds / 60, 1),
-        "protocol_hash": judged["protocol_hash"],
-        "training": judged["training"],
-    }
 
 
 def result_of(run: Run) -> Path:
@@ -159,7 +120,7 @@ def table() -> str:
         run = Run(**found["run"])
         if run.teacher not in teachers:
             teachers.add(run.teacher)
-            row = teachers_best(run.teacher)
+            row = running.teachers_best(run.teacher)
             lines.append([f"{run.teacher}, CFG {row['cfg']:g}", "-", "-", str(row["steps"]), *_figures(row), *"----"])
         spent = [
             *(f"{found[name]:.1f}" for name in ("minutes", "cpu_minutes")),
@@ -168,13 +129,6 @@ def table() -> str:
         told = ["", run.sharing, "yes" if run.gan else "no", str(run.num_steps)]
         lines.append([*told, *_figures(found["student"]["figures"], found["student"]["spread"]), *spent])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def teachers_best(teacher: str) -> dict[str, Any]:
-    """The stored row of most steps and samples that has the least FMD."""
-    path = ROOT / "fewstep" / "teachers" / "weights" / teacher / "teacher.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return max(rows, key=lambda row: (row["steps"], row["n"], -row["fmd"]))
 
 
 def _figures(figures: dict[str, float], spread: dict[str, float] | None = None) -> list[str]:

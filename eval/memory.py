@@ -16,9 +16,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.training.trainer import Trainer
 
 ITERATIONS = 6
 """Every optimiser has its state by then, and the rollout has had several lengths."""
@@ -64,16 +68,25 @@ def resident(recipe: Path, sets: list[str]) -> int:
 
 
 def train(recipe: Path, sets: list[str]) -> None:
-    """The first iterations of the recipe, on the CPU, without the loop's logs and previews."""
+    """The first iterations of the recipe."""
+    with prepared(recipe, sets) as trainer:
+        for iteration in range(ITERATIONS):
+            trainer.step(iteration)
+
+
+@contextmanager
+def prepared(recipe: Path, sets: Iterable[str]) -> Iterator[Trainer]:
+    """The recipe's trainer on the CPU, to be stepped without the loop's logs and previews; its GAN starts at once."""
     from fewstep.api import load_teacher
     from fewstep.config import resolve
     from fewstep.training.launch import prepare
 
-    config = resolve(config=recipe, given={"train": {"device": "cpu"}}, sets=[*sets, "method.gan_start=0"])
+    config = resolve(config=recipe, given={"train": {"device": "cpu"}}, sets=list(sets))
+    if getattr(config.objective, "gan_weight", 0):
+        config = resolve(config=recipe, given={"train": {"device": "cpu"}}, sets=[*sets, "method.gan_start=0"])
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = prepare(config, Path(folder), lambda: load_teacher(config.teacher, **config.teacher_options))
-        for iteration in range(ITERATIONS):
-            trainer.step(iteration)
+        yield trainer
 
 
 CHILDREN = {"allocated": allocated, "resident": resident}

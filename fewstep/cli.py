@@ -202,13 +202,19 @@ def export(
 def show(
     what: Annotated[
         str,
-        typer.Argument(metavar="teachers|methods|runs|NAME", help="What to list, or a method's name for its settings."),
+        typer.Argument(metavar="teachers|methods|runs|NAME", help="What to list, or a method's name for all about it."),
     ] = "methods",
+    name: Annotated[str | None, typer.Argument(help="After `methods`: a method's name.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     plugin: flags.Plugin = None,
 ) -> None:
-    """List teachers, methods or runs; with a method's name, its settings, defaults and their sources."""
+    """List teachers, methods or runs; with a method's name, its paper, needs and settings, and their sources."""
     with border():
+        if name is not None and what != "methods":
+            raise ValueError(
+                f"a second name goes with `methods` alone, got {what} {name}: try `fewstep list methods NAME`"
+            )
+        what = name or what
         load_plugins(plugin)
         output.print(listing.table_of(what, runs, plugins=bool(plugin)))
 

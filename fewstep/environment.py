@@ -20,6 +20,9 @@ DEVICES = ("auto", "cpu", "cuda")
 PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
 
 
+CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!eval/results")
+
+
 def check_device(name: str) -> None:
     """Raises ValueError unless `name` is one of DEVICES, whether this machine has it or not."""
     if name not in DEVICES:
@@ -60,13 +63,16 @@ def describe() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The git commit of this source tree, with "+changes" if files differ from it; None for an installed wheel."""
+    """The git commit of this source tree, with "+changes" if files differ from it; None for an installed wheel.
+
+    What benchmarks write into eval/results is no change: one would else tell of the other's results.
+    """
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        return commit + ("+changes" if _git(root, *CHANGES) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

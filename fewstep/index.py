@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,7 @@ def build_index() -> dict[str, Any]:
 
     return {
         "methods": {
-            name: {"summary": _summary(METHODS.get(name)), "fields": _fields(METHODS.get(name))}
-            for name in METHODS.names()
+            name: {"summary": _summary(METHODS.get(name)), **_told(METHODS.get(name))} for name in METHODS.names()
         },
         "teachers": {name: _summary(TEACHERS.get(name)) for name in TEACHERS.names()},
     }
@@ -33,6 +33,23 @@ def build_index() -> dict[str, Any]:
 
 def _summary(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _told(cls: type) -> dict[str, Any]:
+    """What there is to know of a method: its constraints in words, papers, networks, data, settings."""
+    from fewstep.objectives.base import stages_of
+
+    plain = cls()
+    text = inspect.getdoc(cls) or ""
+    papers = re.findall(r"\b\d{4}\.\d{5}\b", f"{inspect.getdoc(inspect.getmodule(cls))} {text}")
+    return {
+        "about": " ".join("\n\n".join(text.split("\n\n")[1:]).split()),
+        "papers": list(dict.fromkeys(papers)),
+        "trains": ["generator", *sorted(plain.roles)],
+        "needs": sorted(plain.needs),
+        "stages": len(stages_of(plain)),
+        "fields": _fields(cls),
+    }
 
 
 def _fields(cls: type) -> list[dict[str, str]]:

@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
+NEEDS = {
+    "latents": "real samples (the teacher's own, or --data)",
+    "pairs": "pairs of noise and the teacher's samples (fewstep pairs, --pairs)",
+    "jvp": "networks with sound derivatives along a path, which it checks before training",
+}
+"""What a method asks for beside prompts, in words."""
 
-def table_of(what: str, runs: Path, *, plugins: bool) -> Table:
-    """The table of teachers, methods, runs (those in the folder `runs`) or of one method's settings.
+
+def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
+    """The table of teachers, methods, runs (those in the folder `runs`), or what one method is and its settings.
 
     plugins: some were loaded, so that the registries know more than the index made at build time.
     Raises LookupError for anything else.
@@ -26,8 +35,22 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table:
         return _table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs)))
     if name in methods:
         fields = [(f["name"], f["type"], f["default"], f["note"]) for f in methods[name]["fields"]]
-        return _table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields)
+        settings = _table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields)
+        return Group(*_about(name, methods[name]), settings)
     raise LookupError(f"nothing called {what!r} to list; allowed: teachers, methods, runs, {', '.join(methods)}")
+
+
+def _about(name: str, method: dict[str, Any]) -> Iterator[str]:
+    """What a method is, by its defaults: a line each."""
+    yield escape(f"{name}: {method['summary']}")
+    if method["about"]:
+        yield escape(method["about"])
+    yield ""
+    papers = ", ".join(f"https://arxiv.org/abs/{paper}" for paper in method["papers"])
+    yield f"papers  {papers or '-'}"
+    phases = f", in {method['stages']} stages" if method["stages"] > 1 else ""
+    yield f"trains  {', '.join(method['trains']).replace('_', ' ')}{phases}"
+    yield f"reads   {', '.join(['prompts', *(NEEDS[need] for need in method['needs'])])}"
 
 
 def _index(plugins: bool) -> dict[str, Any]:

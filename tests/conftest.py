@@ -13,6 +13,22 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 
+NOTES = os.environ.get("FEWSTEP_TEST_NOTES")
+"""A folder for the names of the tests that were collected and those that ended; what a cut-off run did not reach."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Every process collects the same; the controller of several processes collects nothing."""
+    if NOTES and session.items:
+        Path(NOTES, "collected").write_text("".join(f"{item.nodeid}\n" for item in session.items), encoding="utf-8")
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Also called by the processes that run the tests, not only by the one that hears of them."""
+    if NOTES and "PYTEST_XDIST_WORKER" not in os.environ:
+        with Path(NOTES, "ended").open("a", encoding="utf-8") as file:
+            file.write(f"{nodeid}\n")
+
 
 def _draw(
     seed: int = 0, shape: tuple[int, ...] = (3, 2, 5, 4), dtype: torch.dtype = torch.float32

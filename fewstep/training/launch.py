@@ -84,7 +84,8 @@ def prepare(
     with bar("encoding prompts", len(prompts), console) as done:
         data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed, done, reals, pairs)
     trio = _trio(config, teacher, data)
-    monitor = Preview(teacher.showing(prompts), out, config.objective.sampler, console=console)
+    showing, samples = teacher.showing(prompts), config.train.evaluate_samples
+    monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
     )

@@ -33,6 +33,7 @@ class TrainConfig:
     tensorboard: bool = False  # beside metrics.jsonl, into <out>/tensorboard
     log_every: int = 20
     evaluate_every: int = 200
+    evaluate_samples: int = 1000  # behind the running figure by which the best checkpoint is chosen
     checkpoint_every: int = 200
     keep: int = 2
 
@@ -43,6 +44,7 @@ class TrainConfig:
             "accumulate",
             "log_every",
             "evaluate_every",
+            "evaluate_samples",
             "checkpoint_every",
             "keep",
         ):

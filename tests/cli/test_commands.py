@@ -157,6 +157,16 @@ def test_objective_from_a_plugin_trains_and_is_in_the_saved_configuration(cli, t
     assert all(w.isfinite().all() for w in weights.values())
 
 
+@pytest.mark.parametrize("words", [["phased-dmd"], ["methods", "phased_dmd"]])
+def test_list_tells_all_about_a_method(cli, words):
+    """Its paper, what it trains and reads, its stages and constraints, and every setting's source."""
+    done = cli("list", *words)
+    for said in ("arxiv.org/abs/2510.27684", "generator, fake score, in 2 stages", "reads   prompts", "frozen", "cap"):
+        assert said in done.stdout, said
+    refused = cli("list", "runs", "dmd2")
+    assert refused.exit_code == 2 and "fewstep list methods NAME" in refused.output
+
+
 def test_list_shows_a_plugins_method_with_its_settings(shell, tmp_path):
     (tmp_path / "huber.py").write_text(HUBER.format(name="huber_dmd2"))
     done = shell("list", "huber_dmd2", "--plugin", tmp_path / "huber.py", COLUMNS="300")
