@@ -3,6 +3,7 @@
 from fewstep.diffusion.guidance import guided
 from fewstep.diffusion.jvp import Derivative, check_jvp, directional_derivative
 from fewstep.diffusion.prediction import Denoise, Prediction, raw_of
+from fewstep.diffusion.reschedule import on_schedule
 from fewstep.diffusion.samplers import State, few_step, ode, student_grid, time_grid, trajectory
 from fewstep.diffusion.schedules import EDM, Coefficients, NoiseSchedule, RectifiedFlow, TrigFlow, VPTable, like, match
 from fewstep.diffusion.times import (
@@ -43,6 +44,7 @@ __all__ = [
     "like",
     "match",
     "ode",
+    "on_schedule",
     "raw_of",
     "shift_time",
     "student_grid",

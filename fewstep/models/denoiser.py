@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion import NoiseSchedule, Prediction
-from fewstep.models.adapters import adapted, load_own, merged, own_parts, own_weights
+from fewstep.models.adapters import OWN, adapted, load_own, merged, own_parts, own_weights
 from fewstep.types import Condition, Kind
 
 
@@ -55,9 +55,10 @@ class Backbone(nn.Module, ABC):
     def plain_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state of `module` without what was added to it, for one-step use in the network's own pipeline.
 
+        By default what was added is taken to serve training alone, as a learnt weight of the loss does.
         Raises ValueError if nothing but the network with its additions gives its outputs.
         """
-        return state
+        return {name: value for name, value in state.items() if not name.startswith(f"{OWN}.")}
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (diffusers' gradient checkpointing).

@@ -103,7 +103,7 @@ class SecondTime(Backbone):
         if getattr(embedding, "post_act", None) is not None or bias not in state:
             raise ValueError(f"the second time of {type(self.module).__name__} cannot be folded into its first's bias")
         added = own_parts(self.module)[UNTIL](torch.zeros(1, device=state[bias].device))[0]
-        plain = {name: value for name, value in state.items() if not name.startswith("own.")}
+        plain = super().plain_state(state)
         return plain | {bias: (plain[bias].float() + added.float()).to(plain[bias].dtype)}
 
 

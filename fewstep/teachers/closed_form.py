@@ -48,6 +48,7 @@ def mixture(
     schedule: str | NoiseSchedule = "flow",
     modes: int = 8,
     fit_steps: int = 400,
+    slow_time: bool = False,
     name: str = "mixture",
 ) -> Teacher:
     """A Gaussian mixture with its exact denoiser; by default a ring of `modes` narrow Gaussians in the plane.
@@ -55,7 +56,8 @@ def mixture(
     means: [K, *shape], any shape.  covs: variances [K] or [K, *shape], or full covariances [K, D, D], D = prod(shape).
     weights: [K], equal by default.  classes: [K] integers >= 0; the prompts are then "class 0", "class 1", ...
     schedule: "flow", "vp", "edm", "trig", or a NoiseSchedule.  fit_steps: how long the small network that generator
-    and fake score start from is fitted to the formula (a formula has no weights to start from).
+    and fake score start from is fitted to the formula (a formula has no weights to start from).  slow_time: that
+    network hears of time in slow waves, which consistency methods need (see `PointNet`).
     Nested lists will do for tensors.  Raises ValueError for shapes that do not fit.
     """
     law = SCHEDULES[schedule]() if isinstance(schedule, str) and schedule in SCHEDULES else schedule
@@ -84,7 +86,7 @@ def mixture(
         grid=lambda steps: time_grid(steps, clean_end=True),
         solver="heun",
         evaluation=Evaluation(lambda x, prompts: judge(net, x), "sw", protocol_hash="closed form"),
-        student=lambda: fitted_student(denoiser, net, fit_steps),
+        student=lambda: fitted_student(denoiser, net, fit_steps, slow_time=slow_time),
         reals=lambda: _exact_samples(net, labels),
         options=_recorded(
             means=means,
@@ -94,6 +96,7 @@ def mixture(
             schedule=schedule,
             modes=modes,
             fit_steps=fit_steps,
+            slow_time=slow_time,
         ),
     )
 

@@ -19,12 +19,16 @@ class PointNet(nn.Module):
     """A small MLP on centred, unit-variance points, their time and their class.
 
     Three hidden layers of `width`.  Input [B, D], time [B] in [0, 1], class [B] (-1 = all).  Output [B, D].
+    slow: it hears of time in waves up to pi t, not 16 pi t.  Continuous-time consistency moves the network along the
+    very tangent that it changes, a transport in t, where a wave grows if rate x frequency^2 is large; hence the
+    low-frequency embeddings of its papers.
     """
 
-    def __init__(self, dim: int, num_classes: int, width: int = 128) -> None:
+    def __init__(self, dim: int, num_classes: int, width: int = 128, slow: bool = False) -> None:
         super().__init__()
         self.classes = nn.Embedding(num_classes + 1, width)
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(5), persistent=False)
+        waves = torch.tensor([0.125, 0.25, 0.5, 0.75, 1.0]) if slow else 2.0 ** torch.arange(5)
+        self.register_buffer("frequencies", math.pi * waves, persistent=False)
         self.inner = nn.Linear(dim + 11, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.outer = nn.Linear(width, dim)
@@ -83,17 +87,19 @@ class PointBackbone(Backbone):
         return (mean + c.alpha * std.square() / variance * y + c.sigma * std / variance.sqrt() * raw).to(dtype)
 
 
-def fitted_student(teacher: Denoiser, net: MixtureNet, steps: int, seed: int = 0) -> Denoiser:
+def fitted_student(
+    teacher: Denoiser, net: MixtureNet, steps: int, seed: int = 0, *, slow_time: bool = False
+) -> Denoiser:
     """A network fitted to the formula by regression, so that distillation starts from the teacher as it always does.
 
-    steps: Adam updates on 256 points each (400 take about a second).
+    steps: Adam updates on 256 points each (400 take about a second).  slow_time: see `PointNet`.
     """
     mean, cov = net.moments()
     std = cov.diagonal().clamp_min(1e-12).sqrt().reshape(net.shape)
     count = int(net.classes.max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = PointNet(math.prod(net.shape), count)
+        module = PointNet(math.prod(net.shape), count, slow=slow_time)
     backbone = PointBackbone(module, teacher.schedule, mean, std).to(next(net.buffers()).device)
     student = Denoiser(backbone, teacher.schedule, "x0")
     optimizer = torch.optim.Adam(student.parameters(), 2e-3)
