@@ -17,8 +17,9 @@ Turn = Literal["generator", "critic"]
 Role = Literal["fake_score", "head", "ema"]
 """Networks that an objective asks for beside generator and real score."""
 
-Need = Literal["latents", "pairs", "jvp"]
-"""What an objective needs from the data or the teacher; checked before any weight is loaded."""
+Need = Literal["latents", "pairs", "jvp", "blocks"]
+"""What an objective needs from the data or the teacher: real samples, pairs of the teacher's ODE, sound derivatives
+along a path, a network that is a chain of blocks.  Checked before any weight is loaded where that is possible."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from fewstep.teachers.folders import check_folder, check_weights, quiet
 FAMILIES: Registry[Callable[..., Teacher]] = Registry("pipeline class")
 """Pipeline class name -> a function that makes a Teacher of the loaded pipeline."""
 
+UNETS = frozenset({"StableDiffusionPipeline"})
+"""Families whose network is no chain of blocks."""
+
 
 def load_teacher(name_or_path: str, **options: Any) -> Teacher:
     """A teacher by registered name, local diffusers folder or hub id.
@@ -32,6 +35,19 @@ def load_teacher(name_or_path: str, **options: Any) -> Teacher:
         return make(**options)
     except TypeError as error:
         raise ValueError(f"teacher {name_or_path!r} with options {options}: {error}") from error
+
+
+def pipeline_class(name_or_path: str) -> str | None:
+    """The pipeline class of an embedded teacher or a local folder, before any weight is read; None of other teachers.
+
+    Raises ValueError for a folder that is none.
+    """
+    from fewstep.teachers.fashion import WEIGHTS
+
+    embedded = WEIGHTS / name_or_path
+    if name_or_path in TEACHERS:
+        return check_folder(embedded) if (embedded / "model_index.json").is_file() else None
+    return check_folder(Path(name_or_path)) if Path(name_or_path).is_dir() else None
 
 
 def from_pipeline(source: str, *, revision: str | None = None) -> Teacher:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from fewstep.models.trio import Trio
 from fewstep.objectives.base import student_of
 from fewstep.rng import Rng, key
 from fewstep.teachers.base import Teacher
+from fewstep.teachers.pipelines import UNETS, pipeline_class
 from fewstep.training import checkpoint
 from fewstep.training.data import PromptData
 from fewstep.training.options import TrainConfig
@@ -69,6 +71,7 @@ def prepare(
     if config.data is not None:
         captioned_pictures(Path(config.data))
     card = _given_pairs(config)
+    _check_family(config)
     start = _open_folder(config, out, resume, overwrite)
     teacher = load()
     _check_weights(card, teacher, config.pairs)
@@ -183,6 +186,15 @@ def _given_pairs(config: RunConfig) -> PairsCard | None:
     return card
 
 
+def _check_family(config: RunConfig) -> None:
+    """Before its weights are read, for a teacher that is here."""
+    if "blocks" in config.objective.needs and pipeline_class(config.teacher) in UNETS:
+        raise ValueError(
+            f"method {config.method!r} runs a transformer's last blocks apart, and {config.teacher!r} is a UNet; take "
+            "a transformer, as fashion-dit, or another method, as dmd2"
+        )
+
+
 def _check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) -> None:
     if card is not None and card.weights != checkpoint.fingerprint(teacher.denoiser):
         raise ValueError(
@@ -242,17 +254,20 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
             "student nothing about any other; give --prompts FILE, one prompt per line"
         )
     needs, settings = config.objective.needs, config.to_dict()["method"]
-    if missing := needs - {"latents", "pairs", "jvp"}:
+    if missing := needs - {"latents", "pairs", "jvp", "blocks"}:
         raise ValueError(
             f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
         )
     if "latents" in needs and config.data is None and teacher.reals is None:
-        leave = ", or --set method.gan_weight=0" if settings.get("gan_weight") else ""
+        gan = (
+            "gan_weight" in settings and "latents" not in replace(config.objective, gan_weight=0.0, r1_weight=0.0).needs
+        )  # type: ignore[type-var]
+        leave = ", or --set method.gan_weight=0" if gan else ""
         raise ValueError(
             f"method {config.method!r} with these settings needs real samples{' (its GAN)' if leave else ''}, and "
             f"teacher {teacher.card.name!r} brings none; give --data FOLDER with captioned pictures{leave}"
         )
-    for name in ("guidance", "fake_guidance"):
+    for name in ("guidance", "fake_guidance", "pretraining_guidance"):
         scale = settings.get(name)  # a method may have none
         if scale not in (None, 1) and not teacher.encode(prompts[:1]).null:
             raise ValueError(

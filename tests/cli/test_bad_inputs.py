@@ -327,6 +327,29 @@ def test_pairs_of_another_teacher_or_guidance_are_refused(cli, toy, tmp_path, ma
     check_refused(cli(*toy, *flags), *words)
 
 
+def test_a_flow_head_on_a_unet_is_refused_before_its_weights_are_read(cli, tmp_path, monkeypatch):
+    """Fails if the network is built first, which a user of a large teacher would wait for."""
+    monkeypatch.setattr("fewstep.teachers.pipelines.from_pipeline", None)
+    wrong = ("distill", "--teacher", "fashion-unet", "--method", "tmd", "--out", tmp_path / "run")
+    check_refused(cli(*wrong), "'tmd'", "'fashion-unet' is a UNet", "fashion-dit", "dmd2")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "boot", "--num-steps", "4"], ["num_steps must be 1", "dmd2 or sid"]),
+        (["--method", "phased_dmd", "--num-steps", "1"], ["at most num_steps = 1", "method dmd2"]),
+        (["--method", "sid", "--set", "method.gan_weight=1"], ["gan_weight"]),
+        (["--method", "meanflow", "--set", "method.velocity=data"], ["'data' asks no teacher", "give 1"]),
+        (["--method", "tbcm", "--set", "method.grid_steps=1"], ["grid_steps must be >= 2"]),
+        (["--method", "dmd"], ["fewstep pairs --teacher gaussian"]),
+    ],
+)
+def test_settings_that_a_method_cannot_have_are_refused(cli, tmp_path, words, said):
+    check_refused(cli("distill", "--teacher", "gaussian", *words, "--out", tmp_path / "run"), *said)
+    assert not (tmp_path / "run").exists()
+
+
 def test_pairs_of_other_settings_do_not_mix(cli, tmp_path):
     flags = ["pairs", "--teacher", "gaussian", "--out", tmp_path / "pairs", "--n", "4", "--device", "cpu"]
     assert cli(*flags, "--num-steps", "2").exit_code == 0

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from eval import benchmark, memory
+from eval import benchmark, compare_methods, memory, running, speed
 from fewstep import cli
 from fewstep.api import load_teacher
 from fewstep.config import resolve
+from fewstep.objectives.base import METHODS
 
 
 def event(ts: int, size: int, device: int = 0) -> dict:
@@ -63,7 +64,7 @@ def test_the_table_of_the_readme_is_that_of_the_results():
 def test_table_shows_the_teacher_once_and_a_missing_figure_as_a_dash(tmp_path, monkeypatch):
     """The teacher's row is its best of most steps and samples."""
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(running, "ROOT", tmp_path)
     rows = [{"steps": steps, "n": 10, "cfg": cfg, "fmd": fmd} for steps, cfg, fmd in ((50, 2, 1.3), (50, 1.5, 1.25))]
     stored = tmp_path / "fewstep" / "teachers" / "weights" / "fashion-dit" / "teacher.json"
     stored.parent.mkdir(parents=True)
@@ -82,7 +83,7 @@ def test_table_shows_the_teacher_once_and_a_missing_figure_as_a_dash(tmp_path, m
 def test_a_run_is_made_by_the_commands_of_a_user(tmp_path, monkeypatch):
     """Both are words that the command line takes; a folder with a run in it is resumed."""
     called = []
-    monkeypatch.setattr(benchmark, "child", lambda words, *_: called.append(words) or (3, 0.0))
+    monkeypatch.setattr(running, "child", lambda words, *_: called.append(words) or (3, 0.0))
     run = benchmark.RUNS[0]
     assert benchmark.make(run, tmp_path / run.name) == 3  # and no evaluation after a failed training
     (tmp_path / run.name / "config.yaml").write_text("")
@@ -96,14 +97,79 @@ def test_a_child_is_timed_by_its_own_processor_time(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nsleep 1\nexit 3\n")
     script.chmod(0o755)
-    monkeypatch.setattr(benchmark.sys, "executable", str(script))
+    monkeypatch.setattr(running.sys, "executable", str(script))
     with (tmp_path / "log").open("w") as log:
-        code, seconds = benchmark.child(["distill"], log)
+        code, seconds = running.child(["distill"], log)
     assert code == 3 and 0 <= seconds < 0.5
 
 
 def test_the_processor_time_of_a_resumed_run_holds_that_of_its_first_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "child", lambda *_: (3, 60.0))
+    monkeypatch.setattr(running, "child", lambda *_: (3, 60.0))
     for _ in range(2):
         benchmark.make(benchmark.RUNS[0], tmp_path / benchmark.RUNS[0].name)
     assert float((tmp_path / f"{benchmark.RUNS[0].name}.seconds").read_text()) == 120
+
+
+@pytest.mark.parametrize("run", compare_methods.RUNS, ids=lambda run: run.name)
+def test_every_compared_run_is_one_that_its_recipe_resolves_to(run):
+    config = resolve(config=Path(run.recipe), sets=run.sets)
+    assert (config.teacher, config.method) == (run.teacher, run.method)
+    assert 1 <= compare_methods.nfe(config.objective) <= 4
+
+
+def test_all_methods_are_compared_on_the_transformer():
+    assert {run.method for run in compare_methods.RUNS if run.teacher == "fashion-dit"} == set(METHODS.names())
+    assert len({run.name for run in compare_methods.RUNS}) == len(compare_methods.RUNS)
+
+
+def test_a_plan_fits_the_minutes_and_chooses_on_other_samples(tmp_path, monkeypatch):
+    """2 s an iteration: 600 in 20 minutes, with eight looks at the student."""
+    monkeypatch.setattr(compare_methods.speed, "measure", lambda recipe, sets: {"seconds": 2.0, "forwards": 9.0})
+    plan = compare_methods.planned(compare_methods.RUNS[1], tmp_path, 20.0)
+    assert set(plan["sets"]) >= {
+        "train.seed=1",
+        "train.iterations=600",
+        "train.evaluate_every=75",
+        "train.evaluate_samples=2000",
+    }
+    assert plan["networks"] == ["generator", "fake_score", "head"] and not plan["data_free"] and plan["nfe"] == 1
+
+
+def test_the_newest_result_of_a_name_counts_and_names_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_methods, "RESULTS", tmp_path / "compare.jsonl")
+    assert compare_methods.results() == {}
+    run = compare_methods.Run("fashion-dit", "sid")
+    line = {
+        "name": run.name,
+        "data_free": True,
+        "networks": ["generator", "fake_score"],
+        "nfe": 1.0,
+        "minutes": 20.0,
+        "seconds": 1.5,
+        "forwards": 22.25,
+        "memory_mib": {"allocated": 100, "resident": 900},
+        "training": {"revision": "0123456789"},
+        "date": "2026-11-24",
+    }
+    with (tmp_path / "compare.jsonl").open("w") as file:
+        for fmd in (9.0, 2.5):
+            student = {"figures": {"fmd": fmd, "recall": 0.5}, "spread": {"fmd": 0.02, "recall": 0.0}}
+            file.write(json.dumps(line | {"student": student}) + "\n")
+    (row,) = compare_methods.table().splitlines()[3:]
+    assert row == (
+        "|  | sid | yes | generator, fake score | 1 | 2.500 ± 0.020 | - | - | 0.500 | - | - | 20.0 | 1.50 | 22.2 | 100 "
+        "| 900 | 0123456, 2026-11-24 |"
+    )
+
+
+def test_speed_counts_time_and_arithmetic_over_all_stages(tmp_path):
+    """Of a two-stage method, and of one with four times the critic's turns, which costs more arithmetic."""
+    recipe = tmp_path / "recipe.yaml"
+    method = "{{name: phased_dmd, guidance: 1.0, num_steps: 2, turns: {{critic_per_generator: {n}}}}}"
+    text = f"teacher: {{{{name: gaussian, fit_steps: 1}}}}\nmethod: {method}\ntrain: {{{{batch_size: 4}}}}\n"
+    found = []
+    for n in (1, 4):
+        recipe.write_text(text.format(n=n))
+        found.append(speed.here(recipe, []))
+    assert all(cost["seconds"] > 0 for cost in found)
+    assert found[1]["forwards"] < found[0]["forwards"]  # fewer of the generator's turns in an iteration

@@ -1,0 +1,30 @@
+"""MeanFlow on a closed-form teacher."""
+
+import pytest
+
+import fewstep
+from tests.recovery import OPTIM, QUIET, assert_recovered
+
+LAWS = {"instant": 0.25, "power": 0.0, "time_mean": 1.0, "time_std": 2.0}
+"""The exact teacher's targets hold no noise, so that the paper's weight would drown the long ways in the instants; and
+its law of times hardly ever sees pure noise.  With both, one step's spread was 5% of the data's after 500 steps, with
+these 87%, and 96% after 1500."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "steps"), [("flow", 1), ("flow", 2), ("flow", 4), ("edm", 1)])
+def test_few_steps_recover_a_gaussians_mean_and_covariance(schedule, steps, run_folder):
+    """Within 5% of the teacher's spread.  (On VP pure noise is not the ODE's start: see the class.)"""
+    run = fewstep.distill(
+        fewstep.teachers.gaussian(schedule=schedule, fit_steps=100, slow_time=True),
+        "meanflow",
+        num_steps=steps,
+        iterations=1800,
+        batch_size=128,
+        out=run_folder,
+        guidance=1.0,
+        derivative="central",
+        **LAWS,
+        train={"generator": OPTIM | {"lr": 1e-3}, "ema": 0.98, **QUIET},
+    )
+    assert_recovered(run)
