@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
@@ -259,9 +260,8 @@ def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) ->
             f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
         )
     if "latents" in needs and config.data is None and teacher.reals is None:
-        gan = (
-            "gan_weight" in settings and "latents" not in replace(config.objective, gan_weight=0.0, r1_weight=0.0).needs
-        )  # type: ignore[type-var]
+        method: Any = config.objective
+        gan = "gan_weight" in settings and "latents" not in replace(method, gan_weight=0.0, r1_weight=0.0).needs
         leave = ", or --set method.gan_weight=0" if gan else ""
         raise ValueError(
             f"method {config.method!r} with these settings needs real samples{' (its GAN)' if leave else ''}, and "
