@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +96,10 @@ class Experts(Denoiser):
 
     def twin(self) -> Experts:
         """A copy with all experts' own weights; which of them trains stays common."""
-        twins = [self.expert(k).twin() for k in range(len(self.experts))]
-        return Experts(twins, self.bounds, self.active)
+        own = {id(p) for k in range(len(self.experts)) for p in self.expert(k).weights().values()}
+        shared: dict[int, Any] = {id(p): p for p in self.parameters() if id(p) not in own}
+        # In one go: experts around one teacher share its buffers, and so must their copies.
+        return copy.deepcopy(self, shared | {id(self.active): self.active})
 
     def networks(self) -> tuple[nn.Module, ...]:
         """Every expert's."""

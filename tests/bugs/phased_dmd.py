@@ -131,8 +131,8 @@ MUTANTS = (
         "experts",
         "the average does not follow which expert trains",
         EXPERTS,
-        "return Experts(twins, self.bounds, self.active)",
-        "return Experts(twins, self.bounds)",
+        "return copy.deepcopy(self, shared | {id(self.active): self.active})",
+        "return copy.deepcopy(self, shared)",
         (f"{OF_EXPERTS}::test_only_the_active_one_trains_and_its_average_moves_alone",),
     ),
     Mutant(

@@ -12,11 +12,11 @@ these 87%, and 96% after 1500."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "steps"), [("flow", 1), ("flow", 2), ("flow", 4), ("edm", 1)])
-def test_few_steps_recover_a_gaussians_mean_and_covariance(schedule, steps, run_folder):
-    """Within 5% of the teacher's spread.  (On VP pure noise is not the ODE's start: see the class.)"""
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_few_steps_recover_a_gaussians_mean_and_covariance(steps, run_folder):
+    """Within 5% of the teacher's spread, on flow.  (On VP pure noise is not the ODE's start: see the class.)"""
     run = fewstep.distill(
-        fewstep.teachers.gaussian(schedule=schedule, fit_steps=100, slow_time=True),
+        fewstep.teachers.gaussian(fit_steps=100, slow_time=True),
         "meanflow",
         num_steps=steps,
         iterations=1800,
