@@ -1,6 +1,7 @@
 """Image i is made by its number, whatever else is made beside it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,7 @@ def test_a_formula_samples_where_its_buffers_are(teacher):
 
         def __init__(self):
             super().__init__()
+            self.backbone = SimpleNamespace(extras=frozenset())
             self.register_buffer("means", torch.zeros(1, device="meta"))
 
         def forward(self, x_t, t, cond):
