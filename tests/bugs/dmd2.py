@@ -159,7 +159,7 @@ MUTANTS = (
         "a new adapter changes the network: B is not zero",
         "fewstep/models/adapters.py",
         "LoraConfig(r=config.rank,",
-        "LoraConfig(init_own_weights=False, r=config.rank,",
+        "LoraConfig(init_lora_weights=False, r=config.rank,",
         (f"{ADAPTERS}::test_new_adapters_change_nothing[dit]",),
     ),
     Mutant(
