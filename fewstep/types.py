@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Kind = Literal["x0", "eps", "v", "flow"]
@@ -54,13 +55,19 @@ class Condition:
             self.extra,
         )
 
+    def emptied(self, rows: Tensor) -> Condition:
+        """The same condition with the empty prompt in these rows, [B] bool.  Raises ValueError if there is none."""
+        empty = self.unconditional().tensors
+        mixed = {k: torch.where(rows.view(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in self.tensors.items()}
+        return Condition(mixed, self.null, self.extra)
+
     def to(self, device: object) -> Condition:
         """Every tensor on `device` (a torch.device or its name)."""
         moved = [{k: v.to(device) for k, v in group.items()} for group in (self.tensors, self.null, self.extra)]  # type: ignore[call-overload]
         return Condition(*moved)
 
-    def __getitem__(self, index: slice) -> Condition:
-        """The condition of a slice of the batch."""
+    def __getitem__(self, index: slice | Tensor) -> Condition:
+        """The condition of a slice of the batch, or of the rows [N] long, in their order."""
         tensors, extra = ({k: v[index] for k, v in group.items()} for group in (self.tensors, self.extra))
         return Condition(tensors, self.null, extra)
 

@@ -177,7 +177,7 @@ class Consistency:
         network = trio.generator
         made = self.pairs(trio, batch, rng)
         near = (made.t - 0.5).abs().argsort()[:2]
-        pairs = Pairs(made.x[near], made.t[near], made.v[near], taken(made.cond, near))
+        pairs = Pairs(made.x[near], made.t[near], made.v[near], made.cond[near])
         f, primals, tangents = _path(network, pairs)
         names, how = ("x_t", "t"), {"mode": self.mode, "step": self.step}
         check_jvp(f, primals, tangents, names=names, **how)
@@ -211,12 +211,6 @@ def teacher_velocity(trio: Trio, guidance: float) -> Callable[[Tensor, Tensor, C
     network = trio.real_score
     seen = on_schedule(guided(network, guidance), network.schedule, TRIG)
     return lambda x, t, cond: seen(x, t, cond).v
-
-
-def taken(cond: Condition, rows: Tensor) -> Condition:
-    """The conditions of these rows [N] long, in their order."""
-    tensors, extra = ({k: v[rows.to(v.device)] for k, v in group.items()} for group in (cond.tensors, cond.extra))
-    return Condition(tensors, cond.null, extra)
 
 
 def _path(

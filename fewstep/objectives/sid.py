@@ -101,7 +101,7 @@ class SiD:
     def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
         """Keep the fake score, as it is guided, on the generator's present distribution by denoising its samples."""
         if self.k not in (0, 1) and self.drop_prompt:
-            batch = replace(batch, cond=_dropped(batch.cond, rng.rand("critic.drop") < self.drop_prompt))
+            batch = replace(batch, cond=batch.cond.emptied(rng.rand("critic.drop") < self.drop_prompt))
         with torch.no_grad(), _evaluating(trio.generator):
             x = self.rollout(trio, batch, rng).x
         return fit_fake_score(trio, x, batch.cond, self.law(), rng, guidance=self.k, error=_denoising)
@@ -123,13 +123,6 @@ class SiD:
 def _denoising(pred: Prediction, x: Tensor, eps: Tensor) -> Tensor:
     """`denoising`, but for v networks in eps: on VP, their error times alpha^2 = snr / (snr + 1)     [SiD-LSG]"""
     return (pred.eps - eps).square().mean() if pred.kind == "v" else denoising(pred, x, eps)
-
-
-def _dropped(cond: Condition, drop: Tensor) -> Condition:
-    """The condition with the empty prompt in the rows that `drop` [B] bool names."""
-    empty = cond.unconditional().tensors
-    rows = {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in cond.tensors.items()}
-    return Condition(rows, cond.null)
 
 
 @contextmanager

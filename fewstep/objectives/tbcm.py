@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.diffusion import RectifiedFlow, match, shift_time
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import check_positive, register_objective
-from fewstep.objectives.consistency import TRIG, Consistency, Pairs, taken, teacher_velocity
+from fewstep.objectives.consistency import TRIG, Consistency, Pairs, teacher_velocity
 from fewstep.rng import Rng
 from fewstep.types import Batch, Need
 
@@ -82,7 +82,7 @@ class TBCM(Consistency):
             stacked = made if isinstance(made, Tensor) else torch.stack(made)
             return stacked[chosen.flatten(), rows]
 
-        return Pairs(picked(states), picked(times), picked(velocities), taken(batch.cond, rows))
+        return Pairs(picked(states), picked(times), picked(velocities), batch.cond[rows])
 
     def chosen(self, size: int, rng: Rng) -> Tensor:
         """Which states of its trajectory each sample gives, [P, size] in 1..grid_steps - 1; never the start.

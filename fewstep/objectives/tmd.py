@@ -20,7 +20,7 @@ from fewstep.objectives.base import Stage, Turns, check_positive, register_objec
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.objectives.rollout import Rollout, StudentSampler
 from fewstep.rng import Rng
-from fewstep.types import Batch, Condition, Loss, Need, Role
+from fewstep.types import Batch, Loss, Need, Role
 
 
 class Transition(NamedTuple):
@@ -234,7 +234,7 @@ class TransitionMeanFlow:
             with torch.no_grad():
                 empty = y1 - network.head(network.main(x_t, t, cond.unconditional()), y_s, s, s)
             v = v + like(keep, v) * (method.pretraining_guidance - 1) * (v - empty)
-            cond = _emptied(cond, ~keep)
+            cond = cond.emptied(~keep)
         memory = network.main(x_t, t, cond)
         return Draw(lambda y_s, s: y1 - network.head(memory, y_s, s, r), y_s, v, s, r)
 
@@ -248,10 +248,3 @@ def _real(batch: Batch) -> Any:
 def _chance(rng: Rng, stream: str, share: float) -> bool:
     """True in that share of the turns, for the whole global batch."""
     return rng.shared_int(stream, 1_000_000) < share * 1_000_000
-
-
-def _emptied(cond: Condition, rows: Tensor) -> Condition:
-    """The condition with the empty prompt in these rows, [B] bool."""
-    empty = cond.unconditional().tensors
-    mixed = {k: torch.where(rows.view(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in cond.tensors.items()}
-    return Condition(mixed, cond.null)

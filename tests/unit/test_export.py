@@ -31,6 +31,8 @@ STUDENTS = {
     "lower-stochastic": {"method": "sid", "num_steps": 4},
     "unet-lower": {"method": "sid", "num_steps": 4},
     "unet-v-lower": {"method": "sid", "num_steps": 1},
+    "second-time": {"method": "boot", "num_steps": 1},
+    "unet-second-time": {"method": "boot", "num_steps": 1, "first_time": 0.4},
     "unet-lora": {"num_steps": 2, "train": {"device": "cpu", "generator": {"lr": 1e-2}, "sharing": "lora"}},
 }
 ALONE = """
