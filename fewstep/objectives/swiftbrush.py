@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +24,8 @@ class SwiftBrush:
     Data-free.  As in the paper with --sharing lora-fake: a full student, and a fake score that is LoRA on the teacher;
     such an adapter needs a far larger rate than the student (the paper's: 1e-3 and 1e-6).  At the first iteration fake
     and real score are one network, and the student stands still.
+    Guidance cancels where the student's distributions are the prompts' own: it speeds the way there but sharpens
+    nothing (DERIVED), where DMD2 and SiD end at the guided teacher.
     The paper is on VP, its weight sigma^2 on a difference in eps; on other schedules the weight is that of VP at the
     same signal-to-noise ratio (DERIVED).
     """
@@ -75,11 +77,11 @@ class SwiftBrush:
 
     def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
         """Keep the fake score on the student's present distribution by denoising its samples, weighted by alpha^2."""
-        if self.guidance != 1 and self.drops(rng):
-            batch = replace(batch, cond=batch.cond.unconditional())
         with torch.no_grad():
             x = self.rollout(trio, batch, rng).x
-        return fit_fake_score(trio, x, batch.cond, index_law(0, 999, self.shift), rng, error=noise_error)
+        # The student keeps its prompts: the fake score's empty one must mean all that it makes, as the teacher's does.
+        cond = batch.cond.unconditional() if self.guidance != 1 and self.drops(rng) else batch.cond
+        return fit_fake_score(trio, x, cond, index_law(0, 999, self.shift), rng, error=noise_error)
 
     def drops(self, rng: Rng) -> bool:
         """Whether this turn's whole global batch is without prompts: about `drop_prompt` of all turns are."""

@@ -64,6 +64,16 @@ MUTANTS = (
         (f"{TESTS}::test_a_tenth_of_the_fake_scores_turns_see_no_prompt_each_as_a_whole",),
     ),
     Mutant(
+        "vsd-drop-the-students",
+        "vsd",
+        "the student, too, loses its prompt, and the fake score's empty one means what nobody trains",
+        OBJECTIVE,
+        "            x = self.rollout(trio, batch, rng).x\n        #",
+        "            empty = type(batch)(batch.cond.unconditional(), batch.shape, batch.sample_ids)\n"
+        "            x = self.rollout(trio, empty if self.drops(rng) else batch, rng).x\n        #",
+        (f"{TESTS}::test_a_tenth_of_the_fake_scores_turns_see_no_prompt_each_as_a_whole",),
+    ),
+    Mutant(
         "pairs-of-other-noise",
         "pairs",
         "each sample is paired with its neighbour's noise",

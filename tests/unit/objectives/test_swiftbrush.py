@@ -137,6 +137,7 @@ def test_a_tenth_of_the_fake_scores_turns_see_no_prompt_each_as_a_whole():
         method.critic_loss(players, batch(), rng("critic", iteration=iteration))
         prompts = players.fake_score.backbone.seen[0][2]
         assert (prompts == 0).all() or (prompts > 0).all()
+        assert (players.generator.backbone.seen[0][2] > 0).all()  # without, it is judged by what it makes with them
         without += bool((prompts == 0).all())
     assert without == pytest.approx(60, abs=3 * math.sqrt(200 * 0.3 * 0.7))
     sizes = {method.drops(Rng(0, 7, "critic", tuple(range(n)))) for n in (1, 4, 64)}
