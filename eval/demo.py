@@ -45,9 +45,9 @@ def main() -> int:
 def draw(out: Path) -> Path:
     """Teacher in 50 steps | untrained in the student's steps | student, from the same noise; rows are prompts."""
     from fewstep import pictures
-    from fewstep.api import load_student, untrained_student
     from fewstep.bar import bar
     from fewstep.sampling import sample_teacher
+    from fewstep.students import load_student, untrained_student
     from fewstep.training.preview import grid_prompts, titled_grid
 
     student = load_student(out)

@@ -43,6 +43,7 @@ def distill(
     negative_prompt: flags.NegativePrompt = None,
     data: flags.Data = None,
     pairs: flags.Pairs = None,
+    student: flags.Student = None,
     device: flags.TrainDevice = None,
     precision: flags.Precision = None,
     sharing: flags.Sharing = None,
@@ -62,7 +63,8 @@ def distill(
     train = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "device": device}
     train |= {"precision": precision, "sharing": sharing, "gradient_checkpointing": gradient_checkpointing}
     lora = _given(rank=lora_rank, alpha=lora_alpha, targets=lora_targets or None) or None
-    paths = {name: str(path) for name, path in (("prompts", prompts), ("data", data), ("pairs", pairs)) if path}
+    files = {"prompts": prompts, "data": data, "pairs": pairs, "student": student}
+    paths = {name: str(path) for name, path in files.items() if path}
     given = {
         "teacher": _given(name=teacher),
         "method": _given(name=method, num_steps=num_steps),

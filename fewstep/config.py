@@ -24,13 +24,14 @@ from fewstep.training.options import TrainConfig
 for _found in pkgutil.iter_modules(fewstep.objectives.__path__, "fewstep.objectives."):
     importlib.import_module(_found.name)  # a method's file registers it
 
-SECTIONS = ("teacher", "method", "train", "prompts", "negative_prompt", "data", "pairs")
+SECTIONS = ("teacher", "method", "train", "prompts", "negative_prompt", "data", "pairs", "student")
 
 TEXTS = {
     "prompts": "the path of a text file, one prompt a line",
     "negative_prompt": "a text",
     "data": "the path of a folder of captioned pictures",
     "pairs": "the path of a folder that `fewstep pairs` wrote",
+    "student": "the path of a run's folder",
 }
 """Settings that are one text each."""
 
@@ -47,6 +48,7 @@ class RunConfig:
     negative_prompt: what guidance moves away from, or None for the empty prompt.
     data: a folder of captioned pictures for methods that need real samples, or None for the teacher's own.
     pairs: a folder of the teacher's ODE pairs, for methods that need them.
+    student: a run from whose student the generator starts, or None for the teacher's weights.
     recipe: the recipe file that was used, if any.
     """
 
@@ -59,6 +61,7 @@ class RunConfig:
     negative_prompt: str | None = None
     data: str | None = None
     pairs: str | None = None
+    student: str | None = None
     recipe: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class RunConfig:
             "negative_prompt": self.negative_prompt,
             "data": self.data,
             "pairs": self.pairs,
+            "student": self.student,
         }
 
     def to_yaml(self) -> str:
@@ -154,7 +158,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys of two `RunConfig.to_dict`s that a resume must not change, as "key: old -> new"."""
     flat_old, flat_new = _flat(old), _flat(new)
     # Files may move: the checkpoint holds a digest of prompts and real samples, and a change of those is refused there.
-    allowed = {"prompts", "data", "pairs", *(f"train.{name}" for name in MAY_CHANGE)}
+    allowed = {"prompts", "data", "pairs", "student", *(f"train.{name}" for name in MAY_CHANGE)}
     keys = sorted((flat_old.keys() | flat_new.keys()) - allowed)
     return [f"{k}: {flat_old.get(k)} -> {flat_new.get(k)}" for k in keys if flat_old.get(k) != flat_new.get(k)]
 

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.api import load_student, untrained_student
 from fewstep.bar import bar
 from fewstep.environment import describe, device_of
 from fewstep.metrics.suite import over_seeds
 from fewstep.sampling import Student, check_count, cycled, sample_teacher
+from fewstep.students import load_student, untrained_student
 from fewstep.teachers.base import Evaluation
 from fewstep.training.checkpoint import write_text
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from fewstep.api import load_student
 from fewstep.environment import describe
 from fewstep.evaluation import Row, markdown
 from fewstep.sampling import Student
+from fewstep.students import load_student
 from fewstep.teachers.base import FewSteps
 
 

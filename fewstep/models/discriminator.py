@@ -1,8 +1,9 @@
-"""The GAN head of DMD2: logits from features that a score network makes of noised samples."""
+"""Discriminators: logits from features that a score network makes of noised samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,32 @@ class Head(Player):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls({name: found[name].shape[1:] for name in taps})
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The features' own judgement: their mean over channels is a logit at every place     [SiDA, arXiv:2410.14919]
+
+    Nothing in it trains; the network whose features those are does.  The paper's are a UNet's bottleneck.
+    """
+
+    taps: tuple[str, ...]
+
+    def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Logits, [B, places of all taps] float32 or better.  features: tap name -> the feature of B samples."""
+        maps = [_as_map(features[name]) for name in self.taps]
+        return torch.cat([x.to(torch.promote_types(x.dtype, torch.float32)).mean(1).flatten(1) for x in maps], 1)
+
+
+def taps_of(network: Denoiser, taps: Sequence[str] = ()) -> tuple[str, ...]:
+    """The named modules, else those that the network's family names.  Raises ValueError if there are none."""
+    names = tuple(taps) or network.backbone.taps
+    if not names:
+        raise ValueError(
+            f"{type(network.backbone.module).__name__} has no default features for a GAN; name modules with "
+            "--set method.gan_taps=[...]"
+        )
+    return names
 
 
 def _as_map(feature: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fewstep.models.adapters import LoRA, add_lora, share
 from fewstep.models.denoiser import Denoiser, Player
-from fewstep.models.discriminator import Head
+from fewstep.models.discriminator import Head, taps_of
 from fewstep.types import Batch, Role, Turn
 
 Sharing = Literal["copies", "lora", "lora-fake"]
@@ -94,13 +94,7 @@ class Trio:
                 "a GAN cannot read this network's features for prompts of different padded lengths, which take one "
                 "call each; give prompts of one padded length, or --set method.gan_weight=0"
             )
-        names = tuple(taps) or network.backbone.taps
-        if not names:
-            raise ValueError(
-                f"{type(network.backbone.module).__name__} has no default features for a GAN; name modules with "
-                "--set method.gan_taps=[...]"
-            )
-        self.head = Head.probe(network, batch.shape, batch.cond[:1], names, seed)
+        self.head = Head.probe(network, batch.shape, batch.cond[:1], taps_of(network, taps), seed)
 
     @classmethod
     def build(

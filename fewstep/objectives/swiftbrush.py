@@ -26,6 +26,7 @@ class SwiftBrush:
     and real score are one network, and the student stands still.
     Guidance cancels where the student's distributions are the prompts' own: it speeds the way there but sharpens
     nothing (DERIVED), where DMD2 and SiD end at the guided teacher.
+    Version 2 starts from another one-step student: --student RUN     [SwiftBrush v2, arXiv:2408.14176]
     The paper is on VP, its weight sigma^2 on a difference in eps; on other schedules the weight is that of VP at the
     same signal-to-noise ratio (DERIVED).
     """

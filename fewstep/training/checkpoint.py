@@ -26,6 +26,10 @@ log = logging.getLogger("fewstep")
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
+CONFIG = "config.yaml"
+PROMPTS = "prompts.txt"
+"""Beside the checkpoints in a run's folder: its settings, and a copy of the prompts it was given."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -5,36 +5,42 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from rich.console import Console
+from torch import Tensor
 
 from fewstep.bar import bar
 from fewstep.config import RunConfig, differences, read_yaml
 from fewstep.environment import describe, device_of
+from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import student_of
 from fewstep.rng import Rng, key
+from fewstep.students import load_student
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.pipelines import UNETS, pipeline_class
 from fewstep.training import checkpoint
+from fewstep.training.checkpoint import CONFIG, PROMPTS
+from fewstep.training.checks import (
+    check_family,
+    check_needs,
+    check_student,
+    check_surroundings,
+    check_weights,
+    given_pairs,
+    given_prompts,
+)
 from fewstep.training.data import PromptData
 from fewstep.training.options import TrainConfig
-from fewstep.training.pairs import PairData, PairsCard, read_card
+from fewstep.training.pairs import PairData
 from fewstep.training.preview import Preview
-from fewstep.training.prompts import read_prompts
 from fewstep.training.reals import RealData, captioned_pictures, encoded
 from fewstep.training.trainer import Trainer
 
-CONFIG = "config.yaml"
-PROMPTS = "prompts.txt"
 OURS = (
     CONFIG,
     "environment.json",
@@ -67,19 +73,20 @@ def prepare(
     Raises ValueError, LookupError or OSError that names the value, what is allowed and the remedy.
     """
     console = console or Console(stderr=True)
-    _check_surroundings(config.train)
-    given = _given_prompts(config, out, resume)
+    check_surroundings(config.train)
+    given = given_prompts(config, out, resume)
     if config.data is not None:
         captioned_pictures(Path(config.data))
-    card = _given_pairs(config)
-    _check_family(config)
+    card = given_pairs(config)
+    check_student(config, resume)
+    check_family(config)
     start = _open_folder(config, out, resume, overwrite)
     teacher = load()
-    _check_weights(card, teacher, config.pairs)
+    check_weights(card, teacher, config.pairs)
     if config.negative_prompt is not None:
         teacher = teacher.against(config.negative_prompt)
     prompts = given or teacher.prompts
-    _check_needs(config, teacher, prompts)
+    check_needs(config, teacher, prompts)
     accelerator = _accelerator(config.train)
     console = console if accelerator.is_main_process else Console(quiet=True)
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
@@ -87,7 +94,7 @@ def prepare(
     pairs = PairData(Path(config.pairs), teacher.encode, config.train.seed) if config.pairs else None
     with bar("encoding prompts", len(prompts), console) as done:
         data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed, done, reals, pairs)
-    trio = _trio(config, teacher, data)
+    trio = _trio(config, teacher, data, again=start is not None)
     showing, samples = teacher.showing(prompts), config.train.evaluate_samples
     monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
     trainer = Trainer(
@@ -118,16 +125,19 @@ def _probe(config: RunConfig, trainer: Trainer) -> None:
     config.objective.probe(trainer.trio, trainer.data.batch(ids, device), rng)  # type: ignore[attr-defined]
 
 
-def _trio(config: RunConfig, teacher: Teacher, data: PromptData) -> Trio:
-    """The networks that the method asks for, on the teacher's device."""
+def _trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: bool) -> Trio:
+    """The networks that the method asks for, on the teacher's device.  again: a checkpoint will fill them."""
     train, method = config.train, config.objective
+    own = student_of(method, key(train.seed, "own"))
+    if config.student is not None and not again:
+        own = _started(own, load_student(config.student, teacher=teacher, device=train.device).denoiser.plain_state())
     trio = Trio.build(
         teacher.denoiser,
         method.roles,
         sharing=train.sharing,
         lora=train.lora,
         init=teacher.student,
-        student=student_of(method, key(train.seed, "own")),
+        student=own,
         seed=key(train.seed, "lora"),
     )
     if "head" in method.roles:
@@ -138,6 +148,19 @@ def _trio(config: RunConfig, teacher: Teacher, data: PromptData) -> Trio:
     return trio
 
 
+def _started(
+    own: Callable[[Callable[[], Denoiser]], Denoiser] | None, state: Mapping[str, Tensor]
+) -> Callable[[Callable[[], Denoiser]], Denoiser]:
+    """`own` (see `student_of`) from copies of the start network that hold `state` instead of the teacher's weights."""
+
+    def filled(make: Callable[[], Denoiser]) -> Denoiser:
+        network = make()
+        network.load(state)
+        return network
+
+    return lambda make: filled(make) if own is None else own(lambda: filled(make))
+
+
 def _real_data(config: RunConfig, teacher: Teacher, console: Console) -> RealData:
     """The pictures of the folder that the configuration names, or the samples that the teacher brings."""
     if config.data is not None:
@@ -146,62 +169,9 @@ def _real_data(config: RunConfig, teacher: Teacher, console: Console) -> RealDat
         with bar("encoding pictures", len(captioned_pictures(folder)), console) as done:
             reals = encoded(folder, teacher.codec, teacher.shape, source, done)
     else:
-        assert teacher.reals is not None  # _check_needs
+        assert teacher.reals is not None  # check_needs
         reals = teacher.reals()
     return RealData(reals, teacher.encode, config.train.seed)
-
-
-def _given_prompts(config: RunConfig, out: Path, resume: bool) -> tuple[str, ...] | None:
-    """The prompts of the file that the configuration names; of the resumed run's copy where its own file has gone."""
-    if not config.prompts:
-        return None
-    copy = out / PROMPTS
-    gone = resume and copy.is_file() and not Path(config.prompts).exists()
-    # Only for the very name that the run was started with: another one would be a new file's, misspelt.
-    moved = gone and read_yaml(out / CONFIG).get("prompts") == config.prompts
-    return read_prompts(copy if moved else config.prompts)
-
-
-def _given_pairs(config: RunConfig) -> PairsCard | None:
-    """What the named folder of pairs says of itself; None if the method needs none."""
-    method, name = config.method, Path(config.teacher).name
-    if "pairs" not in config.objective.needs:
-        if config.pairs is not None:
-            raise ValueError(f"method {method!r} with these settings reads no pairs; leave --pairs out")
-        return None
-    guidance = config.to_dict()["method"]["guidance"]
-    against = [] if config.negative_prompt is None else [f"--negative-prompt {config.negative_prompt!r}"]
-    build = " ".join(["fewstep pairs --teacher", config.teacher, f"--guidance {guidance:g}", *against])
-    if config.pairs is None:
-        raise ValueError(
-            f"method {method!r} needs noise and what the teacher's ODE makes of it: build such pairs once with "
-            f"`{build} --out pairs/{name}`, then give --pairs pairs/{name}"
-        )
-    card = read_card(config.pairs)
-    if (card.guidance, card.negative_prompt) != (guidance, config.negative_prompt):
-        raise ValueError(
-            f"{config.pairs} was sampled with guidance {card.guidance:g} and negative prompt {card.negative_prompt!r}, "
-            f"but the real score is to be guided with {guidance:g} and {config.negative_prompt!r}: the two losses "
-            f"would pull apart. Give --set method.guidance={card.guidance:g}, or build others with `{build}`"
-        )
-    return card
-
-
-def _check_family(config: RunConfig) -> None:
-    """Before its weights are read, for a teacher that is here."""
-    if "blocks" in config.objective.needs and pipeline_class(config.teacher) in UNETS:
-        raise ValueError(
-            f"method {config.method!r} runs a transformer's last blocks apart, and {config.teacher!r} is a UNet; take "
-            "a transformer, as fashion-dit, or another method, as dmd2"
-        )
-
-
-def _check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) -> None:
-    if card is not None and card.weights != checkpoint.fingerprint(teacher.denoiser):
-        raise ValueError(
-            f"the pairs in {folder} were sampled from {card.teacher!r}, whose weights are not those of "
-            f"{teacher.card.source!r}; build them anew with `fewstep pairs`"
-        )
 
 
 def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Path | None:
@@ -246,41 +216,6 @@ def _resumable(config: RunConfig, out: Path) -> Path | None:
     if found is None and checkpoint.all_of(out):
         raise FileNotFoundError(f"no valid checkpoint in {out / 'checkpoints'}; start anew with --overwrite")
     return found
-
-
-def _check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> None:
-    if not prompts:
-        raise ValueError(
-            f"teacher {teacher.card.name!r} brings no prompts to distil on, and the empty one alone would teach a "
-            "student nothing about any other; give --prompts FILE, one prompt per line"
-        )
-    needs, settings = config.objective.needs, config.to_dict()["method"]
-    if missing := needs - {"latents", "pairs", "jvp", "blocks"}:
-        raise ValueError(
-            f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
-        )
-    if "latents" in needs and config.data is None and teacher.reals is None:
-        method: Any = config.objective
-        gan = "gan_weight" in settings and "latents" not in replace(method, gan_weight=0.0, r1_weight=0.0).needs
-        leave = ", or --set method.gan_weight=0" if gan else ""
-        raise ValueError(
-            f"method {config.method!r} with these settings needs real samples{' (its GAN)' if leave else ''}, and "
-            f"teacher {teacher.card.name!r} brings none; give --data FOLDER with captioned pictures{leave}"
-        )
-    for name in ("guidance", "fake_guidance", "pretraining_guidance"):
-        scale = settings.get(name)  # a method may have none
-        if scale not in (None, 1) and not teacher.encode(prompts[:1]).null:
-            raise ValueError(
-                f"method.{name} = {scale}, but teacher {teacher.card.name!r} has no unconditional branch; "
-                f"use --set method.{name}=1"
-            )
-
-
-def _check_surroundings(config: TrainConfig) -> None:
-    if device_of(config.device).type == "cpu" and config.precision == "fp16":
-        raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs the package: pip install tensorboard")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

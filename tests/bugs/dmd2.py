@@ -325,8 +325,8 @@ MUTANTS = (
         "gan",
         "the critic's loss is given its logits in the wrong order",
         "fewstep/objectives/dmd2.py",
-        "gan_critic(of_real, of_fake)",
-        "gan_critic(of_fake, of_real)",
+        "contest(of_real, of_fake)",
+        "contest(of_fake, of_real)",
         (f"{GAN}::test_the_critics_gan_loss_by_hand",),
     ),
     Mutant(
@@ -352,8 +352,8 @@ MUTANTS = (
         "gan",
         "real samples are told with the generator's prompts",
         "fewstep/objectives/dmd2.py",
-        "real, cond = batch.real",
-        "real, cond = batch.real[0], batch.cond",
+        "real, cond = real_of(batch)",
+        "real, cond = real_of(batch)[0], batch.cond",
         (f"{GAN}::test_real_samples_come_with_their_own_captions",),
     ),
     Mutant(

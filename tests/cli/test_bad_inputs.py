@@ -339,7 +339,7 @@ def test_a_flow_head_on_a_unet_is_refused_before_its_weights_are_read(cli, tmp_p
     [
         (["--method", "boot", "--num-steps", "4"], ["num_steps must be 1", "dmd2 or sid"]),
         (["--method", "phased_dmd", "--num-steps", "1"], ["at most num_steps = 1", "method dmd2"]),
-        (["--method", "sid", "--set", "method.gan_weight=1"], ["gan_weight"]),
+        (["--method", "sid", "--set", "method.gan_warmup=9"], ["without a GAN gan_warmup", "give gan_weight > 0"]),
         (["--method", "meanflow", "--set", "method.velocity=data"], ["'data' asks no teacher", "give 1"]),
         (["--method", "tbcm", "--set", "method.grid_steps=1"], ["grid_steps must be >= 2"]),
         (["--method", "dmd"], ["fewstep pairs --teacher gaussian"]),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.api import Run
 from tests.convergence.recipes import RECIPES, SLOW_TIME, distilled
 
 COV = ((0.25, 0.1), (0.1, 0.5))
@@ -11,7 +12,7 @@ SPREAD, CORRELATION = (0.5, 0.5**0.5), 0.1 / (0.25 * 0.5) ** 0.5
 GUIDED_BY_ONE = sorted(RECIPES.keys() - {"swiftbrush"})
 
 
-def moments(run: fewstep.api.Run, prompt: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+def moments(run: Run, prompt: str) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Mean, standard deviations and correlation of a prompt's samples."""
     x = run.student.sample(20_000, [prompt], seed=5, batch_size=20_000).double()
     cov = torch.cov(x.T)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import fewstep
-from fewstep.api import default_out, untrained_student
+from fewstep.api import default_out
+from fewstep.students import untrained_student
 from fewstep.training.preview import Preview
 
 SHORT = {"iterations": 4, "batch_size": 4, "guidance": 1.0}

@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 import fewstep
-from fewstep.api import untrained_student
 from fewstep.evaluation import Row, evaluate_run, markdown
 from fewstep.sampling import sample_teacher
+from fewstep.students import untrained_student
 from fewstep.teachers.base import TEACHERS
 from fewstep.training.preview import Preview
 
@@ -74,7 +74,7 @@ def test_stored_rows_of_another_protocol_are_not_used(run, monkeypatch, capsys):
     """Fails if the rows' hash is never compared: one table would hold figures that do not compare."""
     old = replace(run.teacher.evaluation, rows_protocol="older")
     teacher = replace(run.teacher, evaluation=old)
-    monkeypatch.setattr("fewstep.api.load_teacher", lambda *_, **__: teacher)
+    monkeypatch.setattr("fewstep.students.load_teacher", lambda *_, **__: teacher)
     assert not rows_of(run)[0]["stored"]
     assert "protocol older, this evaluation is of closed form: measuring the teacher anew" in capsys.readouterr().err
 

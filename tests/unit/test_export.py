@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import fewstep
 from fewstep.export import export_run, model_card
+from fewstep.students import untrained_student
 from tests.tiny_pipeline import build, build_stable_diffusion
 
 PROMPT, SEED = "a photo of a bag", 11
@@ -128,7 +129,7 @@ def test_pipeline_alone_makes_the_students_images(runs, alone, kind):
 def test_student_differs_from_its_teacher(runs):
     """Else the equality above would hold for an export without the student's weights."""
     run = runs["one-step"]
-    before = fewstep.api.untrained_student(run.out, teacher=run.teacher).sample(2, [PROMPT], SEED)
+    before = untrained_student(run.out, teacher=run.teacher).sample(2, [PROMPT], SEED)
     assert (run.student.sample(2, [PROMPT], SEED) - before).abs().max() > 1e-2
 
 

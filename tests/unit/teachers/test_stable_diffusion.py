@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch.testing import assert_close
 
 import fewstep
-from fewstep.api import untrained_student
 from fewstep.diffusion import VPTable, student_grid
 from fewstep.sampling import sample_teacher
+from fewstep.students import untrained_student
 from fewstep.teachers.pipelines import load_teacher
 from tests.tiny_pipeline import LATENTS, build_stable_diffusion
 

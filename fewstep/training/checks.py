@@ -1,0 +1,130 @@
+"""What can be wrong with a request: found before weights are read, or as soon as those tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import RunConfig, read_yaml
+from fewstep.environment import device_of
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.pipelines import UNETS, pipeline_class
+from fewstep.training import checkpoint
+from fewstep.training.checkpoint import CONFIG, PROMPTS
+from fewstep.training.options import TrainConfig
+from fewstep.training.pairs import PairsCard, read_card
+from fewstep.training.prompts import read_prompts
+
+
+def given_prompts(config: RunConfig, out: Path, resume: bool) -> tuple[str, ...] | None:
+    """The prompts of the file that the configuration names; of the resumed run's copy where its own file has gone."""
+    if not config.prompts:
+        return None
+    copy = out / PROMPTS
+    gone = resume and copy.is_file() and not Path(config.prompts).exists()
+    # Only for the very name that the run was started with: another one would be a new file's, misspelt.
+    moved = gone and read_yaml(out / CONFIG).get("prompts") == config.prompts
+    return read_prompts(copy if moved else config.prompts)
+
+
+def given_pairs(config: RunConfig) -> PairsCard | None:
+    """What the named folder of pairs says of itself; None if the method needs none."""
+    method, name = config.method, Path(config.teacher).name
+    if "pairs" not in config.objective.needs:
+        if config.pairs is not None:
+            raise ValueError(f"method {method!r} with these settings reads no pairs; leave --pairs out")
+        return None
+    guidance = config.to_dict()["method"]["guidance"]
+    against = [] if config.negative_prompt is None else [f"--negative-prompt {config.negative_prompt!r}"]
+    build = " ".join(["fewstep pairs --teacher", config.teacher, f"--guidance {guidance:g}", *against])
+    if config.pairs is None:
+        raise ValueError(
+            f"method {method!r} needs noise and what the teacher's ODE makes of it: build such pairs once with "
+            f"`{build} --out pairs/{name}`, then give --pairs pairs/{name}"
+        )
+    card = read_card(config.pairs)
+    if (card.guidance, card.negative_prompt) != (guidance, config.negative_prompt):
+        raise ValueError(
+            f"{config.pairs} was sampled with guidance {card.guidance:g} and negative prompt {card.negative_prompt!r}, "
+            f"but the real score is to be guided with {guidance:g} and {config.negative_prompt!r}: the two losses "
+            f"would pull apart. Give --set method.guidance={card.guidance:g}, or build others with `{build}`"
+        )
+    return card
+
+
+def check_student(config: RunConfig, resume: bool) -> None:
+    """The run from whose student to start; a run that is resumed needs it only if it has no checkpoint yet."""
+    if config.student is None:
+        return
+    if config.train.sharing == "lora":
+        raise ValueError(
+            "--student gives the generator other weights than the teacher's, and with --sharing lora they share them; "
+            "take --sharing lora-fake or copies"
+        )
+    found = Path(config.student) / CONFIG
+    if not found.is_file():
+        if resume:
+            return
+        raise FileNotFoundError(f"no run at {config.student}: {CONFIG} is missing; --student takes a run's folder")
+    name = read_yaml(found).get("teacher", {}).get("name")
+    if name != config.teacher:
+        raise ValueError(
+            f"the student of {config.student} was distilled from {name!r}, and --teacher is {config.teacher!r}; both "
+            "must be the same"
+        )
+
+
+def check_family(config: RunConfig) -> None:
+    """Before its weights are read, for a teacher that is here."""
+    if "blocks" in config.objective.needs and pipeline_class(config.teacher) in UNETS:
+        raise ValueError(
+            f"method {config.method!r} runs a transformer's last blocks apart, and {config.teacher!r} is a UNet; take "
+            "a transformer, as fashion-dit, or another method, as dmd2"
+        )
+
+
+def check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) -> None:
+    if card is not None and card.weights != checkpoint.fingerprint(teacher.denoiser):
+        raise ValueError(
+            f"the pairs in {folder} were sampled from {card.teacher!r}, whose weights are not those of "
+            f"{teacher.card.source!r}; build them anew with `fewstep pairs`"
+        )
+
+
+def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> None:
+    if not prompts:
+        raise ValueError(
+            f"teacher {teacher.card.name!r} brings no prompts to distil on, and the empty one alone would teach a "
+            "student nothing about any other; give --prompts FILE, one prompt per line"
+        )
+    needs, settings = config.objective.needs, config.to_dict()["method"]
+    if missing := needs - {"latents", "pairs", "jvp", "blocks"}:
+        raise ValueError(
+            f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
+        )
+    if "latents" in needs and config.data is None and teacher.reals is None:
+        method: Any = config.objective
+        off = {f.name: f.default for f in fields(method) if f.name.startswith(("gan_", "r1_"))} | {"gan_weight": 0.0}
+        gan = "gan_weight" in settings and "latents" not in replace(method, **off).needs
+        leave = ", or --set method.gan_weight=0" if gan else ""
+        raise ValueError(
+            f"method {config.method!r} with these settings needs real samples{' (its GAN)' if leave else ''}, and "
+            f"teacher {teacher.card.name!r} brings none; give --data FOLDER with captioned pictures{leave}"
+        )
+    for name in ("guidance", "fake_guidance", "pretraining_guidance"):
+        scale = settings.get(name)  # a method may have none
+        if scale not in (None, 1) and not teacher.encode(prompts[:1]).null:
+            raise ValueError(
+                f"method.{name} = {scale}, but teacher {teacher.card.name!r} has no unconditional branch; "
+                f"use --set method.{name}=1"
+            )
+
+
+def check_surroundings(config: TrainConfig) -> None:
+    if device_of(config.device).type == "cpu" and config.precision == "fp16":
+        raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package: pip install tensorboard")
