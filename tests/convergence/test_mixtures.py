@@ -5,6 +5,7 @@ import torch
 
 import fewstep
 from fewstep.api import Run
+from fewstep.objectives.base import METHODS
 from tests.convergence.recipes import RECIPES, SLOW_TIME, distilled
 
 COV = ((0.25, 0.1), (0.1, 0.5))
@@ -17,6 +18,10 @@ def moments(run: Run, prompt: str) -> tuple[torch.Tensor, torch.Tensor, float]:
     x = run.student.sample(20_000, [prompt], seed=5, batch_size=20_000).double()
     cov = torch.cov(x.T)
     return x.mean(0), cov.diagonal().sqrt(), float(cov[0, 1] / cov.diagonal().prod().sqrt())
+
+
+def test_every_method_is_asked():
+    assert RECIPES.keys() == {name for name in METHODS.names() if METHODS.get(name).__module__.startswith("fewstep.")}
 
 
 @pytest.mark.slow
