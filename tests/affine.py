@@ -7,7 +7,7 @@ from fewstep.diffusion import RectifiedFlow
 from fewstep.models.denoiser import Backbone, Denoiser
 from fewstep.models.trio import Trio
 from fewstep.rng import Rng
-from fewstep.types import Batch, Condition
+from fewstep.types import Batch, Condition, Loss
 
 
 class Affine(Backbone):
@@ -41,13 +41,15 @@ def rng(turn="generator", size=6, iteration=0):
     return Rng(0, iteration, turn, tuple(range(size)))
 
 
-def check_isolation(method, players, given) -> None:
+def check_isolation(method, players, given, iteration=0) -> None:
     """Each turn's losses reach the weights of its own player and nobody else's."""
     networks = {"generator": players.generator, "critic": players.fake_score}
     losses = {"generator": method.generator_loss, "critic": method.critic_loss}
     for turn, network in networks.items():
         with players.turn(turn):
-            losses[turn](players, given, rng(turn)).total.backward()
+            made = losses[turn](players, given, rng(turn, iteration=iteration))
+            for loss in [made] if isinstance(made, Loss) else made:
+                loss.total.backward()
         moved = [
             p for p in (players.generator, players.real_score, players.fake_score) if p.backbone.w.grad is not None
         ]

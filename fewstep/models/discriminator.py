@@ -69,8 +69,16 @@ class Pooled:
         return torch.cat([x.to(torch.promote_types(x.dtype, torch.float32)).mean(1).flatten(1) for x in maps], 1)
 
 
-def taps_of(network: Denoiser, taps: Sequence[str] = ()) -> tuple[str, ...]:
-    """The named modules, else those that the network's family names.  Raises ValueError if there are none."""
+def taps_of(network: Denoiser, cond: Condition, taps: Sequence[str] = ()) -> tuple[str, ...]:
+    """The named modules, else those that the network's family names: what a GAN reads.
+
+    Raises ValueError if there are none, and for a condition for which their outputs are of no one batch.
+    """
+    if "length" in cond.tensors:
+        raise ValueError(
+            "a GAN cannot read this network's features for prompts of different padded lengths, which take one "
+            "call each; give prompts of one padded length, or --set method.gan_weight=0"
+        )
     names = tuple(taps) or network.backbone.taps
     if not names:
         raise ValueError(

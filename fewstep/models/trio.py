@@ -89,12 +89,8 @@ class Trio:
         batch: any one; its first sample's condition probes the features' shapes.  Raises ValueError if no module is
         named, LookupError for names that the network does not have.
         """
-        if "length" in batch.cond.tensors:
-            raise ValueError(
-                "a GAN cannot read this network's features for prompts of different padded lengths, which take one "
-                "call each; give prompts of one padded length, or --set method.gan_weight=0"
-            )
-        self.head = Head.probe(network, batch.shape, batch.cond[:1], taps_of(network, taps), seed)
+        names = taps_of(network, batch.cond, taps)
+        self.head = Head.probe(network, batch.shape, batch.cond[:1], names, seed)
 
     @classmethod
     def build(

@@ -13,9 +13,10 @@ from fewstep.diffusion import Law, RectifiedFlow, guided
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, check_positive, register_objective
+from fewstep.objectives.gan import contest, judged, real_of
 from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
-from fewstep.objectives.terms import approximate_r1, distribution_matching, gan_critic, gan_generator
+from fewstep.objectives.terms import approximate_r1, distribution_matching, gan_generator
 from fewstep.rng import Rng
 from fewstep.types import Batch, Condition, Loss, Need, Role
 
@@ -116,18 +117,11 @@ class DMD2:
 
         Both are re-noised, to levels of their own; the fake score learns from it together with the head.
         """
-        if batch.real is None:
-            raise ValueError("the GAN needs real latents in the batch; see `needs`")
-        real, cond = batch.real
+        real, cond = real_of(batch)
         noise = self.noise(real, rng, "gan.real")
         of_real = self.logits(trio, real, cond, *noise)
         of_fake = self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan.fake"))
-        loss = gan_critic(of_real, of_fake)
-        metrics = {
-            "gan/critic": loss.detach(),
-            "gan/real": of_real.detach().mean(),
-            "gan/fake": of_fake.detach().mean(),
-        }
+        loss, metrics = contest(of_real, of_fake)
         if self.r1_weight:
             shaken = real + self.r1_sigma * rng.randn_like(real, "gan.r1")
             r1 = approximate_r1(of_real, self.logits(trio, shaken, cond, *noise), self.r1_sigma)
@@ -136,8 +130,7 @@ class DMD2:
 
     def logits(self, trio: Trio, x: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> Tensor:
         """The discriminator's logits [B, K] of clean samples x, re-noised by eps to t."""
-        network, head = self.features(trio), trio.discriminator()
-        return head(network(network.schedule.add_noise(x, eps, t), t, cond, taps=head.taps).taps)
+        return judged(self.features(trio), trio.discriminator(), x, cond, t, eps)
 
     def features(self, trio: Trio) -> Denoiser:
         """The network whose features the head reads."""

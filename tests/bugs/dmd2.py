@@ -135,9 +135,10 @@ MUTANTS = (
         "features-without-gradient",
         "isolation",
         "the head reads features made under no_grad, so the fake score learns nothing from the GAN",
-        "fewstep/objectives/dmd2.py",
-        "head(network(network.schedule.add_noise(x, eps, t), t, cond, taps=head.taps).taps)",
-        "head(torch.no_grad()(network)(network.schedule.add_noise(x, eps, t), t, cond, taps=head.taps).taps)",
+        "fewstep/objectives/gan.py",
+        "return head(network(network.schedule.add_noise(x, eps, t), t, cond, taps=head.taps).taps)",
+        "made = network(network.schedule.add_noise(x, eps, t), t, cond, taps=head.taps).taps\n"
+        "    return head({name: feature.detach() for name, feature in made.items()})",
         (
             f"{GAN}::test_the_critics_turn_moves_head_and_own_features_but_nobody_else[fake]",
             f"{GAN}::test_the_generators_gan_loss_by_hand",

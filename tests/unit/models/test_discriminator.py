@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewstep.models.discriminator import Head
+from fewstep.models.discriminator import Head, Pooled
 from tests.unit.models.test_adapters import TEACHERS, inputs
 
 SHAPES = {
@@ -71,3 +71,22 @@ def test_a_wide_feature_is_narrowed_at_once(monkeypatch):
     widths = [tuple(m.weight.shape[:2]) for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
     assert widths == [(32, 128), (32, 32), (1, 32)]
     assert head({"tokens": torch.randn(3, 64, 128)}).shape == (3, 1)
+
+
+def test_pooled_logits_are_means_over_channels_at_every_place():
+    """The same of a map and of its tokens; one of a plain feature.  Fails with a mean over places."""
+    maps = torch.randn(5, 8, 4, 4)
+    features = {"map": maps, "tokens": maps.flatten(2).transpose(1, 2), "plain": maps[:, :, 0, 0]}
+    logits = Pooled(tuple(features))(features)
+    assert logits.shape == (5, 16 + 16 + 1)
+    torch.testing.assert_close(logits[:, :16], maps.sum(1).flatten(1) / 8)
+    torch.testing.assert_close(logits[:, 16:32], logits[:, :16])
+    torch.testing.assert_close(logits[:, 32], logits[:, 0])
+
+
+def test_pooled_half_precision_is_summed_in_float32():
+    """Fails if the mean is taken first: 8 bits of it would be left."""
+    x = torch.randn(4, 64, 3, 3).bfloat16()
+    made = Pooled(("x",))({"x": x})
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, x.float().sum(1).flatten(1) / 64)

@@ -6,17 +6,19 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.diffusion import EDM, RectifiedFlow, VPTable
 from fewstep.models.denoiser import Backbone, Denoiser
+from fewstep.models.discriminator import Head
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns
 from fewstep.objectives.sid import SiD
 from fewstep.objectives.terms import distribution_matching, score_identity
 from fewstep.rng import Rng
-from fewstep.types import Batch, Condition
+from fewstep.types import Batch, Condition, Loss, Real
 from tests.affine import check_isolation, rng
 
 SCHEDULES = {"flow": RectifiedFlow(), "vp": VPTable.scaled_linear(), "edm": EDM()}
@@ -331,6 +333,244 @@ def test_each_network_drops_out_only_where_it_trains():
     assert [mode for *_, mode in players.generator.backbone.seen] == [True, False]
     assert [mode for *_, mode in players.fake_score.backbone.seen][2:] == [True, True]
     assert players.generator.training
+
+
+# -- the GAN ----------------------------------------------------------------------------------------------------------
+
+
+class Judge(Backbone):
+    """Two maps of each element plus the prompt; the first's four channels are what is judged by."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        super().__init__(nn.Sequential(nn.Conv2d(1, 4, 1), nn.Tanh(), nn.Conv2d(4, 1, 1)))
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]] = []
+
+    @property
+    def w(self):
+        return self.module[0].weight
+
+    @property
+    def taps(self):
+        return ("0",)
+
+    def network_time(self, t):
+        return t
+
+    def forward(self, x, network_time, cond):
+        prompt = cond.tensors["prompt"].to(x)[:, :, None, None]
+        self.seen.append((x.detach().clone(), network_time.clone(), prompt.flatten().clone(), self.training))
+        return self.module(x + 0.1 * prompt)
+
+
+def judges(head=False, shift=0.0) -> Trio:
+    """A trio of those.  shift: of the fake score's features."""
+    made = [Denoiser(Judge(seed), RectifiedFlow(), "x0").double() for seed in (1, 2, 3)]
+    with torch.no_grad():
+        made[2].backbone.module[0].bias += shift
+    return Trio(*made, head=Head({"0": (4, 4, 3)}).double() if head else None)
+
+
+def with_real(size=6) -> Batch:
+    """Real samples with captions of their own, 101 to 100 + size."""
+    given = batch(size)
+    caption = dataclasses.replace(given.cond, tensors={"prompt": 100 + given.cond.tensors["prompt"]})
+    x = torch.randn(size, 1, 4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return dataclasses.replace(given, real=Real(x, caption))
+
+
+ADVERSARIAL = SiD(guidance=1.0, gan_weight=0.7, gan_critic_weight=0.3)
+
+
+def judgement(players, x, prompt, t, eps):
+    """The logits with plain tensors: a map of the re-noised sample, its mean over channels."""
+    t, first = t.double()[:, None, None, None], players.fake_score.backbone.module[0]
+    features = first((1 - t) * x + t * eps + 0.1 * prompt[:, :, None, None])
+    return features.sum(1).flatten(1) / 4
+
+
+def level(draws, x):
+    return SiD().law().sample(draws, "gan.t"), draws.randn_like(x, "gan.eps")
+
+
+def test_before_the_gan_takes_part_nothing_differs():
+    """To the bit, in the generator's turn and in the fake score's first loss, real samples or not."""
+    made = []
+    for method, given in ((SiD(), batch()), (SiD(), with_real()), (SiD(gan_weight=0.7, gan_warmup=3), with_real())):
+        players = judges()
+        with players.turn("generator"):
+            loss = method.generator_loss(players, given, rng(iteration=2))
+            loss.total.backward()
+        critic = method.critic_loss(players, given, rng("critic"))
+        first = critic if isinstance(critic, Loss) else next(iter(critic))
+        made.append((loss.total, first.total, *(p.grad for p in players.generator.parameters())))
+        assert "gan" not in loss.metrics and isinstance(critic, Loss) == (not method.gan_weight)
+    for plain, real, waiting in zip(*made, strict=True):
+        assert torch.equal(plain, real) and torch.equal(plain, waiting)
+
+
+def test_the_generators_gan_loss_by_hand():
+    """Value and gradient: the softplus of the negative pooled logit, times the mean of the identity's weights.
+
+    Fails with the sign of either reversed, with detached samples, and without the normaliser.
+    """
+    players, given, made = judges(), with_real(), []
+    with players.turn("generator"):
+        weights = players.weights("generator")
+        for method in (SiD(guidance=1.0), ADVERSARIAL):
+            loss = method.generator_loss(players, given, rng(iteration=1))
+            made.append((loss, torch.autograd.grad(loss.total, weights)))
+        (plain, without), (loss, both) = made
+        draws = rng(iteration=1)
+        x = ADVERSARIAL.rollout(players, given, draws).x
+        logits = judgement(players, x, given.cond.tensors["prompt"], *level(draws, x))
+        wanted = 0.7 * softplus(-logits).mean() * plain.metrics["sid/weight"]
+        assert_close(loss.total - plain.total, wanted, rtol=1e-6, atol=0)
+        assert_close(0.7 * loss.metrics["gan"], wanted, rtol=1e-6, atol=0)
+        for found, first, second in zip(both, without, torch.autograd.grad(wanted, weights), strict=True):
+            assert_close(found - first, second, rtol=1e-5, atol=1e-10)
+            assert second.abs().max() > 1e-4
+
+
+def test_the_critics_gan_loss_by_hand():
+    """Real is positive.  Fails with the two exchanged, and with captions or noise of another."""
+    players, given = judges(), with_real()
+    with players.turn("critic"):
+        _, found = ADVERSARIAL.critic_loss(players, given, rng("critic"))
+        draws = rng("critic")
+        x = ADVERSARIAL.rollout(players, given, draws).x.detach()
+        noise = level(draws, x)
+        real = judgement(players, given.real.x0, given.real.cond.tensors["prompt"], *noise)
+        fake = judgement(players, x, given.cond.tensors["prompt"], *noise)
+        wanted = 0.3 * (softplus(-real).mean() + softplus(fake).mean())
+        first = list(players.fake_score.backbone.module[0].parameters())
+        assert_close(found.total, wanted, rtol=1e-6, atol=0)
+        assert_close(torch.autograd.grad(found.total, first), torch.autograd.grad(wanted, first), rtol=1e-6, atol=1e-9)
+    assert_close(found.metrics["gan/real"], real.mean().detach(), rtol=1e-6, atol=0)
+    assert_close(found.metrics["gan/fake"], fake.mean().detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("head", ["pooled", "learned"])
+def test_the_gans_turns_move_only_their_players(head):
+    """The generator's gradient goes through the discriminator's weights and not into them; the critic's reaches the
+    fake score and the head."""
+    method = dataclasses.replace(ADVERSARIAL, gan_head=head)
+    check_isolation(method, judges(head == "learned"), with_real(), iteration=1)
+    players = judges(head == "learned")
+    for turn, losses in (("generator", method.generator_loss), ("critic", method.critic_loss)):
+        with players.turn(turn):
+            made = losses(players, with_real(), rng(turn, iteration=1))
+            for loss in [made] if isinstance(made, Loss) else made:
+                loss.total.backward()
+        if head == "learned":
+            assert all((p.grad is not None) == (turn == "critic") for p in players.discriminator().parameters())
+
+
+def test_the_critics_losses_reach_no_generator_whoever_trains():
+    players = judges()
+    for loss in ADVERSARIAL.critic_loss(players, with_real(), rng("critic")):
+        loss.total.backward()
+    assert all(p.grad is None for p in players.generator.parameters())
+    assert all(p.grad is not None for p in players.fake_score.parameters())
+
+
+def test_real_and_generated_samples_share_level_and_noise():
+    """At a pair's one t and eps, x_t - (1 - t) x is the same; t keeps to the indices of the other losses."""
+    players, given, method = judges(), with_real(), dataclasses.replace(ADVERSARIAL, min_index=500, max_index=501)
+    list(method.critic_loss(players, given, rng("critic")))
+    _, (real, t_real, *_), (fake, t_fake, *_) = players.fake_score.backbone.seen
+    assert torch.equal(t_real, t_fake) and set((t_real * 999).round().tolist()) == {500, 501}
+    clean = (1 - t_real).double()[:, None, None, None]
+    x = method.rollout(players, given, rng("critic")).x.detach()
+    assert_close(real - clean * given.real.x0, fake - clean * x, rtol=0, atol=1e-6)
+    method.generator_loss(players, given, rng(iteration=1))
+    *_, (_, t, *_) = players.fake_score.backbone.seen
+    assert set((t * 999).round().tolist()) == {500, 501}
+
+
+def test_the_judge_hears_the_prompt_whatever_the_guidance():
+    """Zero-CFG's fake score denoises without, and judges with it: real samples under their own."""
+    players, method = judges(), SiD(guidance=1.0, fake_guidance=0.0, gan_weight=0.7)
+    list(method.critic_loss(players, with_real(), rng("critic")))
+    method.generator_loss(players, with_real(), rng(iteration=1))
+    told = [prompt.sum().item() for *_, prompt, _ in players.fake_score.backbone.seen]
+    assert told == [0, 621, 21, 0, 21]  # denoising, real, fake; identity, GAN
+
+
+def test_real_samples_lose_their_prompts_with_the_generated_ones():
+    """Fails if only the generated ones do: no prompt would mean generated."""
+    players = judges()
+    list(SiD(guidance=2.0, gan_weight=0.7, drop_prompt=0.5).critic_loss(players, with_real(40), rng("critic", 40)))
+    *_, (_, _, real, _), (_, _, fake, _) = players.fake_score.backbone.seen
+    assert torch.equal(real == 0, fake == 0) and 8 < (fake == 0).sum() < 32
+    assert set((real - fake).tolist()) == {0, 100}
+
+
+def test_the_judge_drops_out_only_where_it_trains():
+    players = judges()
+    ADVERSARIAL.generator_loss(players, with_real(), rng(iteration=1))
+    assert [mode for *_, mode in players.fake_score.backbone.seen] == [False, False]
+    list(ADVERSARIAL.critic_loss(players, with_real(), rng("critic")))
+    assert [mode for *_, mode in players.fake_score.backbone.seen][2:] == [True, True, True]
+
+
+@pytest.mark.parametrize(("shift", "loss"), [(30.0, math.log1p(math.exp(-10))), (-200.0, math.log1p(math.exp(10)))])
+def test_the_generator_does_not_follow_logits_beyond_ten(shift, loss):
+    """SiDA clamps them: the loss is that of 10 or -10, its gradient 0."""
+    made = []
+    for method in (SiD(guidance=1.0), ADVERSARIAL):
+        players = judges(shift=shift)
+        with players.turn("generator"):
+            total, metrics = method.generator_loss(players, with_real(), rng(iteration=1))
+            total.backward()
+        made.append([p.grad for p in players.generator.parameters()])
+    assert (metrics["gan"] / metrics["sid/weight"]).item() == pytest.approx(loss)
+    for plain, judged in zip(*made, strict=True):
+        assert torch.equal(plain, judged)
+
+
+def test_the_generator_is_judged_after_the_warmup_and_the_critic_learns_from_the_first():
+    method = dataclasses.replace(ADVERSARIAL, gan_warmup=5)
+    judged = ["gan" in method.generator_loss(judges(), with_real(), rng(iteration=i)).metrics for i in (0, 4, 5)]
+    assert judged == [False, False, True]
+    assert len(list(method.critic_loss(judges(), with_real(), rng("critic", iteration=0)))) == 2
+
+
+def test_the_critics_two_losses_never_hold_two_graphs():
+    players = judges()
+    losses = iter(ADVERSARIAL.critic_loss(players, with_real(), rng("critic")))
+    next(losses)
+    assert len(players.fake_score.backbone.seen) == 1
+
+
+def test_taps_may_be_named():
+    """Two modules: their places side by side."""
+    players, x, prompt = judges(), with_real().real.x0, batch().cond.tensors["prompt"]
+    method = dataclasses.replace(ADVERSARIAL, gan_taps=("0", "2"))
+    logits = method.logits(players, x, batch().cond, *level(rng(), x))
+    assert logits.shape == (6, 24)
+    assert_close(logits[:, :12], judgement(players, x, prompt, *level(rng(), x)), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="Linear has no default features for a GAN"):
+        list(ADVERSARIAL.critic_loss(trio(), with_real(), rng("critic")))
+
+
+def test_what_the_gan_asks_for_and_refuses():
+    assert SiD().roles == {"fake_score"} and not SiD().needs
+    assert ADVERSARIAL.roles == {"fake_score"} and ADVERSARIAL.needs == {"latents"}
+    assert dataclasses.replace(ADVERSARIAL, gan_head="learned").roles == {"fake_score", "head"}
+    with pytest.raises(ValueError, match="real latents"):
+        list(ADVERSARIAL.critic_loss(judges(), batch(), rng("critic")))
+    for bad, said in (
+        ({"gan_weight": -1.0}, "gan_weight must be .*-1"),
+        ({"gan_weight": 1.0, "gan_critic_weight": 0.0}, "gan_critic_weight must be"),
+        ({"gan_weight": 1.0, "gan_head": "mean"}, "'pooled' or 'learned', got 'mean'"),
+        ({"gan_weight": 1.0, "gan_warmup": 0}, "gan_warmup must be >= 1"),
+        ({"gan_critic_weight": 1.0, "gan_warmup": 7}, "gan_critic_weight, gan_warmup would .* give gan_weight > 0"),
+        ({"gan_head": "learned"}, "gan_head would have no effect"),
+        ({"gan_taps": ("0",)}, "gan_taps would have no effect"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SiD(**bad)
 
 
 # -- its ranges, turns and options -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run starts from: its device, and the prompts that it keeps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,13 @@ def test_copy_goes_with_an_overwritten_run(started):
     teacher = fewstep.teachers.gaussian(fit_steps=2)
     fewstep.distill(teacher, iterations=1, out=started / "run", overwrite=True, **OPTIONS)
     assert not (started / "run" / "prompts.txt").exists()
+
+
+@pytest.mark.parametrize(("method", "other"), [("sid", {"gan_warmup": 4}), ("dmd2", {"r1_weight": 1.0}), ("tmd", {})])
+def test_a_gan_without_real_samples_is_refused(tmp_path, method, other):
+    """Its advice is to leave the GAN off only where no real samples are needed then.  Fails if asking so trips over
+    settings that another method has, or that have no effect without a GAN."""
+    teacher = replace(fewstep.teachers.mixture([[1.0], [2.0]], [0.1, 0.1], classes=[0, 1], fit_steps=0), reals=None)
+    with pytest.raises(ValueError, match="brings none; give --data FOLDER") as refused:
+        fewstep.distill(teacher, method, iterations=1, out=tmp_path / "run", gan_weight=0.1, **OPTIONS, **other)
+    assert ("--set method.gan_weight=0" in str(refused.value)) == (method != "tmd")
