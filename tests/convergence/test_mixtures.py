@@ -87,3 +87,19 @@ def test_every_mode_is_found(name, method, run_folder):
     figures = run.teacher.evaluation.measure(run.student.sample(5000, seed=7, batch_size=5000), [""])
     assert figures["modes"] == 1
     assert figures["sw"] < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "steps"), [("decoupled_dmd", 2), ("phased_dmd", 4), ("tbcm", 2), ("scm", 2), ("meanflow", 4)]
+)
+def test_every_mode_of_the_ring_is_found_in_several_steps(method, steps, run_folder):
+    """As above; each was within .079 to .155 (one seed).
+
+    At these short recipes DMD2 and SiD in two steps end at .28 and .24, TMD in two outer steps at .32, with every mode
+    but masses that drift; DMD2 in four steps has a test with a calmer recipe (test_dmd2.py).
+    """
+    run = distilled(fewstep.teachers.mixture(slow_time=method in SLOW_TIME), method, run_folder, num_steps=steps)
+    figures = run.teacher.evaluation.measure(run.student.sample(5000, seed=7, batch_size=5000), [""])
+    assert figures["modes"] == 1
+    assert figures["sw"] < 6 * 0.034
