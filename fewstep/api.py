@@ -64,8 +64,8 @@ def distill(
     name = teacher if isinstance(teacher, str) else teacher.card.name
     options = {} if isinstance(teacher, str) else teacher.options
     counts = {"iterations": iterations, "batch_size": batch_size, "seed": seed}
-    texts = {"prompts": prompts, "negative_prompt": negative_prompt, "data": data, "pairs": pairs}
-    texts |= {"student": student}
+    files = {"prompts": prompts, "data": data, "pairs": pairs, "student": student}
+    texts = {**files, "negative_prompt": negative_prompt}
     given = {
         "teacher": {"name": name, **options},
         "method": {"name": method, **({} if num_steps is None else {"num_steps": num_steps}), **method_options},

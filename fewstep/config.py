@@ -157,7 +157,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys of two `RunConfig.to_dict`s that a resume must not change, as "key: old -> new"."""
     flat_old, flat_new = _flat(old), _flat(new)
-    # Files may move: the checkpoint holds a digest of prompts and real samples, and a change of those is refused there.
+    # Files may move: the checkpoint holds a digest of prompts and real samples, and a change of those is refused there;
+    # another run's student was only where this one began.
     allowed = {"prompts", "data", "pairs", "student", *(f"train.{name}" for name in MAY_CHANGE)}
     keys = sorted((flat_old.keys() | flat_new.keys()) - allowed)
     return [f"{k}: {flat_old.get(k)} -> {flat_new.get(k)}" for k in keys if flat_old.get(k) != flat_new.get(k)]

@@ -24,7 +24,7 @@ Data = Annotated[
     Path | None, typer.Option(help="Folder of captioned pictures for the GAN; by default the teacher's own.")
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Folder that `fewstep pairs` wrote, for methods that need one.")]
-Student = Annotated[Path | None, typer.Option(help="Run whose student the generator starts from; not the teacher.")]
+Student = Annotated[Path | None, typer.Option(help="Run whose student the generator starts from, not the teacher.")]
 TrainDevice = Annotated[Text, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")]
 Precision = Annotated[Text, typer.Option(help="fp32, bf16 or fp16.")]
 Sharing = Annotated[Text, typer.Option(help="How the trio holds its weights: copies, lora or lora-fake.")]

@@ -87,6 +87,7 @@ def check_family(config: RunConfig) -> None:
 
 
 def check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) -> None:
+    """That pairs are of this teacher's very weights."""
     if card is not None and card.weights != checkpoint.fingerprint(teacher.denoiser):
         raise ValueError(
             f"the pairs in {folder} were sampled from {card.teacher!r}, whose weights are not those of "
@@ -95,6 +96,7 @@ def check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) 
 
 
 def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> None:
+    """That teacher and prompts supply what the method reads."""
     if not prompts:
         raise ValueError(
             f"teacher {teacher.card.name!r} brings no prompts to distil on, and the empty one alone would teach a "
@@ -124,6 +126,7 @@ def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> 
 
 
 def check_surroundings(config: TrainConfig) -> None:
+    """That this machine and environment can do what is asked."""
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
     if config.tensorboard and find_spec("tensorboard") is None:

@@ -24,6 +24,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "boot": {"iterations": 500, "batch_size": 64, "step": 0.04},
     "tbcm": {"iterations": 500, "batch_size": 16, "grid_steps": 16, "warmup": 60, "optim": CALM},
     "scm": {"iterations": 500, "batch_size": 192, "warmup": 60, "optim": CALM},
+    # The exact teacher's targets hold no noise, so that the paper's weight would drown the long ways in the instants;
+    # and its law of times hardly ever sees pure noise.  With both, one step's spread was 4% of the data's after 500
+    # iterations (seed 0, 20,000 samples); with these 96% after 1500.
     "meanflow": {
         "iterations": 1800,
         "batch_size": 128,

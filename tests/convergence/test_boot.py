@@ -3,7 +3,8 @@
 import pytest
 
 import fewstep
-from tests.recovery import OPTIM, QUIET, assert_recovered
+from tests.convergence.recipes import distilled
+from tests.recovery import assert_recovered
 
 
 @pytest.mark.parametrize(
@@ -11,14 +12,4 @@ from tests.recovery import OPTIM, QUIET, assert_recovered
 )
 def test_one_step_recovers_a_gaussians_mean_and_covariance(schedule, run_folder):
     """Within 5% of the teacher's spread, of which Heun's 25 steps take 1.2% in the limit (DDIM's: 6%)."""
-    run = fewstep.distill(
-        fewstep.teachers.gaussian(schedule=schedule, fit_steps=100),
-        "boot",
-        iterations=500,
-        batch_size=64,
-        out=run_folder,
-        guidance=1.0,
-        step=0.04,
-        train={"generator": OPTIM, "ema": 0.98, **QUIET},
-    )
-    assert_recovered(run)
+    assert_recovered(distilled(fewstep.teachers.gaussian(schedule=schedule, fit_steps=100), "boot", run_folder))

@@ -3,7 +3,8 @@
 import pytest
 
 import fewstep
-from tests.recovery import OPTIM, QUIET, assert_recovered
+from tests.convergence.recipes import distilled
+from tests.recovery import assert_recovered
 
 
 @pytest.mark.parametrize("schedule", ["flow", "vp", "edm"])
@@ -15,18 +16,9 @@ def test_one_step_recovers_a_gaussians_mean_and_covariance(schedule, run_folder)
     correlation ended .05 off at 5:1.
     """
     levels = {"min_index": 0, "max_index": 799} if schedule == "edm" else {}
-    run = fewstep.distill(
-        fewstep.teachers.gaussian(schedule=schedule, fit_steps=100),
-        "sid",
-        iterations=600,
-        batch_size=128,
-        out=run_folder,
-        guidance=1.0,
-        turns={"critic_per_generator": 5, "critic_warmup": 1},
-        train={"generator": OPTIM, "critic": OPTIM, "ema": 0.98, **QUIET},
-        **levels,
+    assert_recovered(
+        distilled(fewstep.teachers.gaussian(schedule=schedule, fit_steps=100), "sid", run_folder, **levels)
     )
-    assert_recovered(run)
 
 
 @pytest.mark.slow
@@ -37,17 +29,5 @@ def test_the_gan_does_not_disturb_the_optimum(head, weight, run_folder):
     Weights at which that shows, far above the paper's: reversed, the mean ended .44 (pooled) and 8.8 (learned) of the
     spread off, as it should be .026 and .025.  At .01 the identity holds against a reversed GAN.
     """
-    run = fewstep.distill(
-        fewstep.teachers.gaussian(fit_steps=100),
-        "sid",
-        iterations=600,
-        batch_size=128,
-        out=run_folder,
-        guidance=1.0,
-        turns={"critic_per_generator": 5, "critic_warmup": 1},
-        train={"generator": OPTIM, "critic": OPTIM, "ema": 0.98, **QUIET},
-        gan_weight=weight,
-        gan_critic_weight=0.1,
-        gan_head=head,
-    )
-    assert_recovered(run)
+    gan = {"gan_weight": weight, "gan_critic_weight": 0.1, "gan_head": head}
+    assert_recovered(distilled(fewstep.teachers.gaussian(fit_steps=100), "sid", run_folder, **gan))

@@ -73,7 +73,7 @@ def test_a_resumed_run_asks_for_the_student_no_more(teacher, first, run_folder, 
         fewstep.distill(teacher, "swiftbrush", iterations=2, **run)
     finally:
         moved.rename(first.out)
-    fewstep.distill(teacher, "swiftbrush", iterations=3, resume=True, **run)
+    assert fewstep.distill(teacher, "swiftbrush", iterations=3, resume=True, **run).progress.iteration == 3
 
 
 def test_what_cannot_start_is_refused_with_the_remedy(teacher, first, run_folder, tmp_path):
