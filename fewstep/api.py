@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,7 @@ def run(
     console: Console | None = None,
 ) -> Run:
     """Run a resolved configuration.  teacher: an already loaded one, else it is loaded by the configuration's name."""
-
-    def load() -> Teacher:
-        return teacher if teacher is not None else load_teacher(config.teacher, **config.teacher_options)
-
+    load = teacher or partial(load_teacher, config.teacher, **config.teacher_options)
     trainer, loaded = prepare(config, out, load, resume=resume, overwrite=overwrite, console=console)
     progress = trainer.run()
     del trainer  # the student needs the room of optimisers and critic

@@ -15,6 +15,9 @@ NEEDS = {
     "latents": "real samples (the teacher's own, or --data)",
     "pairs": "pairs of noise and the teacher's samples (fewstep pairs, --pairs)",
     "blocks": "a transformer on rectified flow, whose last blocks can be run apart",
+    "lpips": "LPIPS of decoded pictures",
+    "black": "a black picture",
+    "clip": "a CLIP, and decoded pictures",
     "jvp": "networks with sound derivatives along a path, which it checks before training",
 }
 """What a method asks for beside prompts, in words."""

@@ -18,9 +18,10 @@ Turn = Literal["generator", "critic"]
 Role = Literal["fake_score", "head", "ema"]
 """Networks that an objective asks for beside generator and real score."""
 
-Need = Literal["latents", "pairs", "jvp", "blocks"]
+Need = Literal["latents", "pairs", "jvp", "blocks", "lpips", "clip", "black"]
 """What an objective needs from the data or the teacher: real samples, pairs of the teacher's ODE, sound derivatives
-along a path, a network that is a chain of blocks.  Checked before any weight is loaded where that is possible."""
+along a path, a network that is a chain of blocks, LPIPS or CLIP to look at pictures, a black one.  Checked before any
+weight is loaded where that is possible."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Batch:
     global indices, B of them; noise is keyed by them, so ranks and micro-batches draw what one big batch would.
     real: as many samples of the data, for a method whose `needs` name latents; unrelated to `cond`.
     pair: as many of the teacher's pairs, for a method whose `needs` name pairs; unrelated to `cond`, too.
+    prompts: the texts that `cond` encodes, B of them; none in a batch made by hand.
     """
 
     cond: Condition
@@ -105,6 +107,7 @@ class Batch:
     sample_ids: tuple[int, ...]
     real: Real | None = None
     pair: Pair | None = None
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fewstep.metrics.features import file_sha256, quantise
 FASHION_CLIP = Path(__file__).parents[1] / "teachers" / "weights" / "fashion-clip"
 SMALLEST_ACCURACY = 0.85
 WEIGHTS = "model.safetensors"
+RESAMPLE = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers of what a processor resizes with, as torch calls it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,22 @@ class ClipScorer:
         pictures = quantise(images).cpu().expand(-1, channels, -1, -1)
         pixels = self.processor(list(pictures.numpy()), return_tensors="pt", input_data_format="channels_first")
         seen = self.model.get_image_features(pixel_values=pixels["pixel_values"].to(self.model.device))
+        return F.normalize(seen.pooler_output.float(), dim=1)
+
+    def see(self, images: Tensor) -> Tensor:
+        """`embed_images` with a gradient for the pictures: float, resized by torch and not by PIL, never quantised.
+
+        images: [B, 1 or 3, H, W], about in [-1, 1].  Returns [B, D] float32 on their device.
+        """
+        model, processor = self.model.to(images.device), self.processor
+        pixels = images.float().expand(-1, model.config.vision_config.num_channels, -1, -1)
+        pixels = _resized(pixels, dict(processor.size), int(processor.resample))
+        if processor.do_center_crop:
+            pixels = _cropped(pixels, processor.crop_size["height"], processor.crop_size["width"])
+        mean, std = (
+            torch.tensor(v, device=pixels.device)[:, None, None] for v in (processor.image_mean, processor.image_std)
+        )
+        seen = model.get_image_features(pixel_values=((pixels + 1) / 2 - mean) / std)
         return F.normalize(seen.pooler_output.float(), dim=1)
 
     @torch.no_grad()
@@ -90,6 +109,17 @@ def clip_score(scorer: ClipScorer, images: Tensor, prompts: Sequence[str]) -> fl
     return 100 * float(scorer.cosines(images, prompts).mean())
 
 
+def agreement(scorer: ClipScorer, known: int = 10_000) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """(pictures, prompts) -> cosines [B] with a gradient for the pictures; the last `known` prompts are remembered."""
+    read = lru_cache(known)(lambda prompt: scorer.embed_texts([prompt])[0])
+
+    def cosines(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = scorer.see(images)
+        return (seen * torch.stack([read(prompt) for prompt in prompts]).to(seen.device)).sum(1)
+
+    return cosines
+
+
 def load_clip_scorer(folder: Path = FASHION_CLIP) -> ClipScorer:
     """A CLIPModel folder (model.safetensors, CLIPTokenizer, CLIPImageProcessor), held against its card.json.
 
@@ -116,6 +146,23 @@ def read_clip(folder: Path) -> ClipScorer:
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     protocol = {"clip_sha256": file_sha256(weights)} | _protocol_of(processor)
     return ClipScorer(model.eval().requires_grad_(False), tokenizer, processor, protocol)
+
+
+def _resized(pixels: Tensor, size: dict[str, int], resample: int) -> Tensor:
+    """To the processor's size: height and width, or the shorter edge."""
+    height, width = pixels.shape[2:]
+    if edge := size.get("shortest_edge"):
+        target = (edge, edge * width // height) if height <= width else (edge * height // width, edge)
+    else:
+        target = size["height"], size["width"]
+    if target == (height, width):
+        return pixels
+    return F.interpolate(pixels, target, mode=RESAMPLE[resample], antialias=True, align_corners=False)
+
+
+def _cropped(pixels: Tensor, height: int, width: int) -> Tensor:
+    top, left = (pixels.shape[2] - height) // 2, (pixels.shape[3] - width) // 2
+    return pixels[:, :, top : top + height, left : left + width]
 
 
 def _accuracy(folder: Path) -> float | None:

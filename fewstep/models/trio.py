@@ -13,6 +13,7 @@ from torch import nn
 from fewstep.models.adapters import LoRA, add_lora, share
 from fewstep.models.denoiser import Denoiser, Player
 from fewstep.models.discriminator import Head, taps_of
+from fewstep.models.perception import Perception
 from fewstep.types import Batch, Role, Turn
 
 Sharing = Literal["copies", "lora", "lora-fake"]
@@ -32,6 +33,7 @@ class Trio:
     fake_score: Denoiser | None = None
     head: Head | None = None
     fresh: Callable[[], Denoiser] | None = None  # a fake score as it is at the start
+    perception: Perception | None = None  # what looks at pictures, for objectives whose `needs` name it
 
     def critic(self) -> Denoiser:
         """The fake score.  Raises ValueError if this trio was built without one."""
@@ -76,6 +78,12 @@ class Trio:
         if self.head is None:
             raise ValueError("this trio has no GAN head; the objective's `roles` must contain 'head'")
         return self.head
+
+    def sight(self) -> Perception:
+        """What looks at pictures.  Raises ValueError if this trio was built without it."""
+        if self.perception is None:
+            raise ValueError("nothing here looks at pictures; the objective's `needs` must contain 'lpips' or 'clip'")
+        return self.perception
 
     def checkpoint_activations(self) -> None:
         """Recompute the activations of the networks that train instead of keeping them."""

@@ -88,10 +88,12 @@ class Stage(NamedTuple):
 
     At its start the fake score is the teacher again, the optimisers and their rates start anew, and the averaged
     weights become the generator's.  The roles, needs and sampler of the run are those of the method as a whole.
+    rate: what both players' learning rates are multiplied by in it.
     """
 
     objective: Objective
     share: float
+    rate: float = 1.0
 
 
 def stages_of(method: Objective) -> tuple[Stage, ...]:

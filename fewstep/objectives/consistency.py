@@ -44,12 +44,16 @@ Norm = Literal["sum", "mean"]
 
 
 class Pairs(NamedTuple):
-    """States and the guided teacher's velocity dx/da there: x, v [N, ...], t [N] of TrigFlow, and their conditions."""
+    """States and the guided teacher's velocity dx/da there: x, v [N, ...], t [N] of TrigFlow, and their conditions.
+
+    keep: [N], 1 for states that count and 0 for others; None = all do.
+    """
 
     x: Tensor
     t: Tensor
     v: Tensor
     cond: Condition
+    keep: Tensor | None = None
 
 
 def consistency_tangent(student: Tensor, pairs: Pairs, jvp: Tensor, r: float) -> Tensor:
@@ -73,15 +77,19 @@ def bounded(g: Tensor, norm: Norm, c: float) -> tuple[Tensor, Tensor]:
     return g / like(size + c, g), size
 
 
-def consistency_loss(student: Tensor, g: Tensor, norm: Norm, log_weight: Tensor | None = None) -> Tensor:
+def consistency_loss(
+    student: Tensor, g: Tensor, norm: Norm, log_weight: Tensor | None = None, keep: Tensor | None = None
+) -> Tensor:
     """mean exp(w) |F - stopgrad(F) - g|^2 - w     [sCM, arXiv:2410.11081, algorithm 1]
 
     |.|^2 by the norm that bounds g, so that w is 0 where the paper's is log D, D the elements of a sample.
-    student: F [N, ...], with graph.  log_weight: w [N]; None = 0.  Returns a scalar, with gradient -2 g / N by F.
+    student: F [N, ...], with graph.  log_weight: w [N]; None = 0.  keep: [N], which rows count; the mean stays one over
+    all N.  Returns a scalar, with gradient -2 g / N by F.
     """
     # F - stopgrad(F) first: it is exactly 0, where F + g would lose digits of a small g.
     square = _size(student - student.detach() - g, norm).square()
-    return square.mean() if log_weight is None else (log_weight.exp() * square - log_weight).mean()
+    rows = square if log_weight is None else log_weight.exp() * square - log_weight
+    return rows.mean() if keep is None else (keep * rows).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +167,7 @@ class Consistency:
             raw = consistency_tangent(value, pairs, jvp, r)
             g, size = bounded(raw, self.norm, self.norm_floor)
         w = trio.generator.own[WEIGHT](pairs.t) if self.weight else None
-        total = consistency_loss(value, g, self.norm, w)
+        total = consistency_loss(value, g, self.norm, w, pairs.keep)
         gap = (value.detach() - pairs.v).square().mean().sqrt()
         found = {"consistency": total, "g": size.mean(), "g/jvp": _size(jvp, self.norm).mean(), "g/teacher_rms": gap}
         return Loss(total, {name: figure.detach() for name, figure in found.items()} | {"g/r": torch.tensor(r)})

@@ -26,7 +26,9 @@ class SwiftBrush:
     and real score are one network, and the student stands still.
     Guidance cancels where the student's distributions are the prompts' own: it speeds the way there but sharpens
     nothing (DERIVED), where DMD2 and SiD end at the guided teacher.
-    Version 2 starts from another one-step student: --student RUN     [SwiftBrush v2, arXiv:2408.14176]
+    Version 2 starts from another one-step student, --student RUN, and adds a CLIP loss of decoded pictures, clamped
+    lest it take over     [SwiftBrush v2, arXiv:2408.14176].  How its weight falls to 0 is not known to us; here, in a
+    straight line.  Of its two networks' average and its real pictures there is nothing here.
     The paper is on VP, its weight sigma^2 on a difference in eps; on other schedules the weight is that of VP at the
     same signal-to-noise ratio (DERIVED).
     """
@@ -39,6 +41,10 @@ class SwiftBrush:
     min_index: int = 20  # re-noising of the student's term: t = i / 999, i uniform; SwiftBrush's code
     max_index: int = 980
     shift: float = 1.0  # flow shift of both re-noising laws
+    clip_weight: float = 0.0  # of the CLIP loss at the start; SwiftBrush v2: .1
+    clip_margin: float = 0.35  # cosine from which a picture fits its prompt well enough; SwiftBrush v2, ViT-B/32
+    clip_until: int | None = None  # iteration at which that weight has fallen to 0; none = it stays
+    clip: str | None = None  # folder of a transformers CLIPModel; none = the teacher's own; SwiftBrush v2: ViT-B/32
 
     def __post_init__(self) -> None:
         if self.num_steps != 1:
@@ -47,6 +53,14 @@ class SwiftBrush:
         check_positive(self, "guidance", "shift", "first_time")
         if not 0 <= self.drop_prompt < 1:
             raise ValueError(f"drop_prompt must be in [0, 1), got {self.drop_prompt}: it is a share of the turns")
+        if not 0 <= self.clip_weight < float("inf"):
+            raise ValueError(f"clip_weight must be a finite number >= 0, got {self.clip_weight}")
+        if not -1 < self.clip_margin <= 1:
+            raise ValueError(f"clip_margin is a cosine and must be in (-1, 1], got {self.clip_margin}")
+        if self.clip_until is not None and self.clip_until < 1:
+            raise ValueError(f"clip_until must be >= 1 iterations, or null, got {self.clip_until}")
+        if not self.clip_weight and (self.clip, self.clip_until) != (None, None):
+            raise ValueError("clip and clip_until have no meaning at clip_weight 0; leave them out, or give a weight")
         self.sampler.grid(RectifiedFlow())  # raises for a first time above 1
 
     @property
@@ -56,8 +70,8 @@ class SwiftBrush:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Nothing."""
-        return frozenset()
+        """Nothing, or what looks at pictures."""
+        return frozenset({"clip"} if self.clip_weight else ())
 
     @property
     def sampler(self) -> StudentSampler:
@@ -65,7 +79,10 @@ class SwiftBrush:
         return StudentSampler(first=self.first_time)
 
     def generator_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
-        """Descend the difference of the guided scores at one re-noised level per sample; neither is differentiated."""
+        """Descend the difference of the guided scores at one re-noised level per sample; neither is differentiated.
+
+        Version 2 adds weight max(0, margin - cos(picture, prompt)), the mean over the batch.
+        """
         x = self.rollout(trio, batch, rng).x
         with torch.no_grad():
             t = index_law(self.min_index, self.max_index, self.shift).sample(rng, "vsd.t", x.device)
@@ -74,7 +91,17 @@ class SwiftBrush:
             fake = guided(trio.critic(), self.guidance)(x_t, t, batch.cond)
         total = variational(x, real, fake)
         gap = (fake.x0 - real.x0).square().mean().sqrt()
-        return Loss(total, {"vsd": total.detach(), "vsd/gap_rms": gap, **moments(x)})
+        metrics = {"vsd": total.detach(), "vsd/gap_rms": gap, **moments(x)}
+        if weight := self.clip_share(rng.iteration):
+            cosines = trio.sight().fits(x, batch.prompts)
+            total = total + weight * (self.clip_margin - cosines).clamp_min(0).mean()
+            metrics["clip/cosine"] = cosines.detach().mean()
+        return Loss(total, metrics)
+
+    def clip_share(self, iteration: int) -> float:
+        """The CLIP loss's weight at an iteration, counted from 0."""
+        left = 1.0 if self.clip_until is None else max(0.0, 1 - iteration / self.clip_until)
+        return self.clip_weight * left
 
     def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
         """Keep the fake score on the student's present distribution by denoising its samples, weighted by alpha^2."""

@@ -22,8 +22,8 @@ class TBCM(Consistency):
 
     The states of the trajectories make one batch, `trajectory_pairs` times the micro-batch (all: grid_steps - 1 times).
     Each sample has times of its own, one in each interval of the grid; in the paper's code a process has one sample.
-    As in that code, known to us better than the paper's text.  Not here: its filter of black images, and guidance that
-    the student is told.  Its calm-down of the term that feeds on the student trades the exact answer for stability:
+    As in that code, known to us better than the paper's text.  Not here: guidance that the student is told, drawn for
+    each sample.  Its calm-down of the term that feeds on the student trades the exact answer for stability:
     with r below 1 the consistency function is no longer where the loss rests (DERIVED).
     Two steps have the paper's middle angle of 1.0 on rectified flow with student_shift tan(1) = 1.56; on tables (VP,
     EDM) the shift moves an index, and the angle is another.
@@ -32,6 +32,7 @@ class TBCM(Consistency):
     grid_steps: int = 16  # the teacher's sampling steps, K; TBCM's code
     grid_shift: float = 2.5  # flow shift of their grid; TBCM's code
     trajectory_pairs: int | None = None  # of a trajectory, at random; none = all that there are; TBCM's code
+    black_filter: bool = False  # leave out trajectories that end in black pictures, see `passed`; TBCM's code: True
     calm_start: int = 15_000  # iteration at which r falls from 1; TBCM's code
     calm_steps: int = 2000  # within so many; TBCM's code
     calm_r: float = 0.75  # to this; 1 = no calm-down; TBCM's code
@@ -51,8 +52,8 @@ class TBCM(Consistency):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Prompts alone."""
-        return frozenset({"jvp"})
+        """Prompts alone, and what black looks like."""
+        return frozenset({"jvp", "black"} if self.black_filter else {"jvp"})
 
     def share(self, iteration: int) -> float:
         """r: warmed up, and from `calm_start` on brought down to `calm_r`     [TBCM's code]"""
@@ -82,7 +83,22 @@ class TBCM(Consistency):
             stacked = made if isinstance(made, Tensor) else torch.stack(made)
             return stacked[chosen.flatten(), rows]
 
-        return Pairs(picked(states), picked(times), picked(velocities), batch.cond[rows])
+        keep = None
+        if self.black_filter:
+            c = TRIG.at(times[-1].to(x.dtype)).like(x)
+            keep = self.passed(c.alpha * x - c.sigma * velocities[-1], trio.sight().black, rng)[rows]
+        return Pairs(picked(states), picked(times), picked(velocities), batch.cond[rows], keep)
+
+    @staticmethod
+    def passed(x0: Tensor, black: Tensor | None, rng: Rng) -> Tensor:
+        """1 for samples that pass for pictures, [B]: with probability min(1, mean |x0 - black|^2)     [TBCM's code]
+
+        x0: [B, ...], where the trajectories end.  black: [1, ...], a black picture.  Raises ValueError without one.
+        """
+        if black is None:
+            raise ValueError("nothing tells here what black is; the objective's `needs` must contain 'black'")
+        distance = (x0 - black.to(x0)).square().flatten(1).mean(1)
+        return (rng.rand("tbcm.black") < distance).to(x0)
 
     def chosen(self, size: int, rng: Rng) -> Tensor:
         """Which states of its trajectory each sample gives, [P, size] in 1..grid_steps - 1; never the start.

@@ -41,7 +41,7 @@ class TMD(DMD2):
     is DMD2 on x = x1 - y, with the gradient through all inner steps and m.  Both begin from noised data: the batch's
     real latents under their own captions (in the paper the teacher's samples).  Rectified flow and transformers only.
     Not as in the paper: the GAN noises real and generated samples apart, the fake score is fitted in what its network
-    predicts instead of x0, and both stages share their rates.
+    predicts instead of x0.
     """
 
     num_steps: int = 2  # M, steps of the outer flow; TMD section 4
@@ -53,6 +53,7 @@ class TMD(DMD2):
     inner_grid_shift: float = 10.0  # of its grid; TMD A.2
     gate: float = -4.0  # the fusion's at the start, before its sigmoid; DERIVED
     pretraining: float = 3 / 7  # stage 1's share of the iterations, 3k to 4k; TMD table 7, 1.3B, two steps
+    pretraining_rate: float = 1.0  # stage 1's learning rates by stage 2's; TMD table 7: 3 at 1.3B, 1 at 14B
     pretraining_guidance: float = 3.0  # of the conditional velocity; TMD A.2
     drop_prompt: float = 0.1  # share of stage 1's samples without prompt, if it is guided; TMD A.2
     inner_shift: float = 3.0  # of the law of s, uniform in .001 .. .999; TMD A.2
@@ -76,7 +77,7 @@ class TMD(DMD2):
         for name in ("head_blocks", "inner_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        check_positive(self, "pretraining_guidance", "inner_shift", "inner_grid_shift", "adaptive")
+        check_positive(self, "pretraining_rate", "pretraining_guidance", "inner_shift", "inner_grid_shift", "adaptive")
         for name in ("pretraining", "drop_prompt", "still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share and must be in [0, 1], got {getattr(self, name)}")
@@ -88,7 +89,8 @@ class TMD(DMD2):
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Transition matching, then distribution matching; a share of 0 or 1 leaves one of them out."""
-        both = Stage(TransitionMeanFlow(self), self.pretraining), Stage(self, 1 - self.pretraining)
+        first = Stage(TransitionMeanFlow(self), self.pretraining, self.pretraining_rate)
+        both = first, Stage(self, 1 - self.pretraining)
         return tuple(stage for stage in both if stage.share > 0)
 
     @property

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.samplers import Method
+from fewstep.metrics.clip_score import ClipScorer
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.perception import Distance
 from fewstep.registry import Registry
 from fewstep.types import Condition
 
@@ -29,6 +31,10 @@ class Codec(Protocol):
 
     def decode(self, x: Tensor) -> Tensor:
         """[B, *shape] samples -> images [B, C, H, W] float32 in [-1, 1] (points are returned as they are)."""
+        ...
+
+    def render(self, x: Tensor) -> Tensor:
+        """`decode` with a gradient for x, all at once and not clamped, for losses of pictures."""
         ...
 
     def encode(self, images: Tensor) -> Tensor:
@@ -115,6 +121,7 @@ class Teacher:
     student: makes the network that generator and fake score start from where the teacher is a formula.
     folder, few_steps: the diffusers folder that the teacher was loaded from and how it runs a student, for export.
     reals: loads the real samples that come with the teacher, if any.
+    lpips, clip: load a perceptual distance of its pictures, none for points, and a CLIP that knows them, if any.
     """
 
     denoiser: Denoiser
@@ -131,6 +138,8 @@ class Teacher:
     folder: Path | None = None
     few_steps: FewSteps | None = None
     reals: Callable[[], Reals] | None = None
+    lpips: Callable[[], Distance] | None = None
+    clip: Callable[[], ClipScorer] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def showing(self, prompts: Sequence[str]) -> Teacher:

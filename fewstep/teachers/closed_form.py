@@ -135,6 +135,9 @@ class _Points:
     def decode(self, x: Tensor) -> Tensor:
         return x
 
+    def render(self, x: Tensor) -> Tensor:
+        return x
+
     def encode(self, images: Tensor) -> Tensor:
         return images
 

@@ -60,11 +60,23 @@ class VAECodec:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> images [B, 1 or 3, H', W'] in [-1, 1]."""
-        vae = self._vae.to(x.device)
         _, height, width = self.image_shape(tuple(x.shape[1:]))
         # One float32 map of 256 channels is a kilobyte per pixel: some pictures at a time.
-        parts = (x.to(vae.dtype) / vae.config.scaling_factor).split(max(1, PIXELS // (height * width)))
-        return torch.cat([vae.decode(part, return_dict=False)[0].clamp(-1, 1) for part in parts])
+        parts = x.split(max(1, PIXELS // (height * width)))
+        return torch.cat([self.render(part).clamp(-1, 1) for part in parts])
+
+    def render(self, x: Tensor) -> Tensor:
+        """`decode` with a gradient for x, all at once, and not clamped: where it clamps, the gradient would end."""
+        vae = self._vae.to(x.device)
+        return vae.decode(x.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each stage of the encoder makes of images [B, C, H, W], with gradient: maps [B, C', H', W']."""
+        vae = self._vae.to(images.device)
+        maps = [vae.encoder.conv_in(images.to(vae.dtype))]
+        for block in vae.encoder.down_blocks:
+            maps.append(block(maps[-1]))
+        return maps[1:]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

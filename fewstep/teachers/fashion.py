@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.metrics.clip_score import load_clip_scorer
 from fewstep.metrics.features import FASHION_CLASSIFIER, extract, load_fashion_classifier, load_reference
 from fewstep.metrics.frechet import Moments, moments_distance
 from fewstep.metrics.suite import Suite, load_suite
+from fewstep.models.perception import feature_distance
 from fewstep.teachers.base import Evaluation, Reals, Teacher, TeacherCard, register_teacher
 from fewstep.teachers.pipelines import from_pipeline
 
@@ -38,8 +40,10 @@ def _embedded(name: str) -> Teacher:
     folder = WEIGHTS / name
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"the embedded teacher's weights are not at {folder}; build them with `make teachers`")
+    teacher = from_pipeline(str(folder))
+    codec: Any = teacher.codec
     return replace(
-        from_pipeline(str(folder)),
+        teacher,
         card=TeacherCard(
             name, "embedded", "Apache-2.0 (data: Fashion-MNIST, MIT)", "text to 32x32 pictures of clothes"
         ),
@@ -47,6 +51,8 @@ def _embedded(name: str) -> Teacher:
         guidance=_stored_guidance(folder),
         evaluation=fashion_evaluation(folder),
         reals=fashion_reals,
+        lpips=lambda: feature_distance(codec.features),  # VGG does not know such pictures; the classifier measures only
+        clip=load_clip_scorer,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.diffusion import VPTable
 from fewstep.models.backbones import UNet2DCondition
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.perception import vgg_lpips
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, VAECodec
 from fewstep.teachers.pipelines import FAMILIES
@@ -63,6 +64,7 @@ def stable_diffusion(pipe: Any, source: str) -> Teacher:
         solver="ddim",
         guidance=7.5,
         few_steps=FewSteps("unet", _few_steps, seeded=True),
+        lpips=vgg_lpips,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.diffusion import RectifiedFlow, shift_time
 from fewstep.models.backbones import CogView4
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.perception import vgg_lpips
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, VAECodec
 from fewstep.teachers.pipelines import FAMILIES
@@ -47,6 +48,7 @@ def cogview4(pipe: Any, source: str) -> Teacher:
         grid=grid,
         guidance=5.0,
         few_steps=FewSteps("transformer", _few_steps, seeded=False),
+        lpips=vgg_lpips,
     )
 
 

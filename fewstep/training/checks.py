@@ -6,17 +6,25 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fewstep.config import RunConfig, read_yaml
 from fewstep.environment import device_of
-from fewstep.teachers.base import Teacher
+from fewstep.metrics.clip_score import WEIGHTS as CLIP_WEIGHTS
+from fewstep.models.perception import check_lpips
+from fewstep.teachers.base import TEACHERS, Teacher
 from fewstep.teachers.pipelines import UNETS, pipeline_class
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG, PROMPTS
 from fewstep.training.options import TrainConfig
 from fewstep.training.pairs import PairsCard, read_card
 from fewstep.training.prompts import read_prompts
+from fewstep.types import Need
+
+NO_CLIP = (
+    "method.clip_weight needs a CLIP, and teacher {!r} brings none; give --set method.clip=FOLDER of a transformers "
+    "CLIPModel, or --set method.clip_weight=0"
+)
 
 
 def given_prompts(config: RunConfig, out: Path, resume: bool) -> tuple[str, ...] | None:
@@ -86,6 +94,24 @@ def check_family(config: RunConfig) -> None:
         )
 
 
+def check_lookers(config: RunConfig, loaded: bool) -> None:
+    """That what is to look at pictures can be loaded, as far as this is known before a teacher is.
+
+    loaded: it is already, and may bring anything.
+    """
+    needs, clip = config.objective.needs, config.to_dict()["method"].get("clip")
+    foreign = config.teacher not in TEACHERS and not loaded
+    if "lpips" in needs and foreign:
+        check_lpips()
+    if clip is not None and not (Path(clip) / CLIP_WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"method.clip = {clip!r}: no {CLIP_WEIGHTS} there; it takes the folder of a transformers CLIPModel, as "
+            "`hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K --local-dir FOLDER` makes one"
+        )
+    if "clip" in needs and clip is None and foreign:
+        raise ValueError(NO_CLIP.format(config.teacher))
+
+
 def check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) -> None:
     """That pairs are of this teacher's very weights."""
     if card is not None and card.weights != checkpoint.fingerprint(teacher.denoiser):
@@ -103,7 +129,17 @@ def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> 
             "student nothing about any other; give --prompts FILE, one prompt per line"
         )
     needs, settings = config.objective.needs, config.to_dict()["method"]
-    if missing := needs - {"latents", "pairs", "jvp", "blocks"}:
+    for need, what, off in (
+        ("lpips", "LPIPS compares", "distance=mse"),
+        ("black", "black is of", "black_filter=false"),
+    ):
+        if need in needs and teacher.lpips is None:
+            raise ValueError(
+                f"{what} pictures, and the samples of teacher {teacher.card.name!r} are points; use --set method.{off}"
+            )
+    if "clip" in needs and teacher.clip is None and settings.get("clip") is None:
+        raise ValueError(NO_CLIP.format(teacher.card.name))
+    if missing := needs - set(get_args(Need)):
         raise ValueError(
             f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
         )

@@ -70,7 +70,8 @@ class PromptData:
         cond = Condition(tensors, self._conditions.null).to(device)
         real = self.reals.batch(sample_ids, device) if self.reals is not None else None
         pair = self.pairs.batch(sample_ids, device) if self.pairs is not None else None
-        return Batch(cond, self.shape, tuple(sample_ids), real, pair)
+        prompts = tuple(self.prompts[row] for row in rows.tolist())
+        return Batch(cond, self.shape, tuple(sample_ids), real, pair, prompts)
 
 
 def _encoded(prompts: Sequence[str], encode: PromptEncoder, progress: Advance | None) -> Condition:

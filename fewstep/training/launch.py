@@ -7,8 +7,10 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from rich.console import Console
@@ -17,7 +19,9 @@ from torch import Tensor
 from fewstep.bar import bar
 from fewstep.config import RunConfig, differences, read_yaml
 from fewstep.environment import describe, device_of
+from fewstep.metrics.clip_score import agreement, load_clip_scorer
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.perception import Perception
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import student_of
 from fewstep.rng import Rng, key
@@ -27,6 +31,7 @@ from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG, PROMPTS
 from fewstep.training.checks import (
     check_family,
+    check_lookers,
     check_needs,
     check_student,
     check_surroundings,
@@ -61,7 +66,7 @@ COPY = (PROMPTS, "prompts.tmp")
 def prepare(
     config: RunConfig,
     out: Path,
-    load: Callable[[], Teacher],
+    load: Callable[[], Teacher] | Teacher,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -69,7 +74,8 @@ def prepare(
 ) -> tuple[Trainer, Teacher]:
     """Check everything, load the teacher, build the trio and the trainer; with `resume`, restore its state.
 
-    Everything that can be wrong with the request is checked before `load` reads any weight.
+    load: the teacher, or what loads it.  Everything that can be wrong with the request is checked before it reads any
+    weight.
     Raises ValueError, LookupError or OSError that names the value, what is allowed and the remedy.
     """
     console = console or Console(stderr=True)
@@ -80,8 +86,9 @@ def prepare(
     card = given_pairs(config)
     check_student(config, resume)
     check_family(config)
+    check_lookers(config, isinstance(load, Teacher))
     start = _open_folder(config, out, resume, overwrite)
-    teacher = load()
+    teacher = load if isinstance(load, Teacher) else load()
     check_weights(card, teacher, config.pairs)
     if config.negative_prompt is not None:
         teacher = teacher.against(config.negative_prompt)
@@ -145,7 +152,22 @@ def _trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: bool)
         trio.add_head(network, data.batch((0,)), getattr(method, "gan_taps", ()), seed=key(train.seed, "head"))
     if train.gradient_checkpointing:
         trio.checkpoint_activations()
+    trio.perception = _perception(config, teacher)
     return trio
+
+
+def _perception(config: RunConfig, teacher: Teacher) -> Perception | None:
+    """What the method asks for to look at pictures."""
+    needs, folder = config.objective.needs, config.to_dict()["method"].get("clip")
+    if not needs & {"lpips", "clip", "black"}:
+        return None
+    distance = teacher.lpips() if "lpips" in needs and teacher.lpips is not None else None
+    load = teacher.clip if folder is None else partial(load_clip_scorer, Path(folder))
+    agrees = agreement(load()) if "clip" in needs and load is not None else None
+    black = None
+    if "black" in needs:
+        black = teacher.codec.encode(torch.full((1, *teacher.codec.image_shape(teacher.shape)), -1.0))
+    return Perception(teacher.codec.render, distance, agrees, black)
 
 
 def _started(

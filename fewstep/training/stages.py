@@ -35,6 +35,10 @@ class Stages:
         """The stage that an iteration (counted from 0) belongs to; after the end, the last."""
         return next((k for k, end in enumerate(self.ends) if iteration < end), len(self.ends) - 1)
 
+    def rate(self, stage: int) -> float:
+        """What a stage multiplies the learning rates by."""
+        return self.stages[stage].rate
+
     def planned(self, stage: int, turn: Turn) -> int:
         """How many updates a player makes in a stage."""
         return sum(turn in self[stage].turns.at(i) for i in range(self.ends[stage] - self.starts[stage]))

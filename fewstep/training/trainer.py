@@ -110,7 +110,7 @@ class Trainer:
         """One player's update: losses of all micro-batches, backward, clip, step."""
         optimizer, config = self.optimizers[turn], getattr(self.config, turn)
         done = self.progress.updates[turn] - self.progress.before[turn]
-        rate = learning_rate(config, done, self._planned[turn])
+        rate = learning_rate(config, done, self._planned[turn]) * self.stages.rate(self.progress.stage)
         since = iteration - self.stages.starts[self.progress.stage]  # a stage's objective counts from its own start
         for group in optimizer.param_groups:
             group["lr"] = rate

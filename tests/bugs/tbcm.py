@@ -107,8 +107,8 @@ MUTANTS = (
         "tbcm",
         "prompts are repeated sample by sample, states batch by batch",
         TBCM,
-        "batch.cond[rows])",
-        "batch.cond[rows.sort().values])",
+        "batch.cond[rows], keep)",
+        "batch.cond[rows.sort().values], keep)",
         (f"{TESTS}::test_every_state_keeps_its_samples_prompt",),
     ),
     Mutant(

@@ -51,6 +51,19 @@ FLAGS = {
     "pairs-missing": (["--method", "dmd", "--pairs", "nowhere"], ["no pairs at nowhere", "fewstep pairs"]),
     "pairs-without-method": (["--pairs", "nowhere"], ["reads no pairs; leave --pairs out"]),
     "steps-of-dmd": (["--method", "dmd", "--num-steps", "4"], ["num_steps must be 1, got 4", "--method dmd2"]),
+    "lpips-without-pairs": (
+        ["--method", "dmd", "--set", "method.distance=lpips", "--set", "method.regression_weight=0"],
+        ["compares pairs", "leave one out"],
+    ),
+    "clip-of-points": (
+        ["--method", "swiftbrush", "--set", "method.clip_weight=0.1"],
+        ["'gaussian' brings none", "method.clip=FOLDER"],
+    ),
+    "clip-missing": (
+        ["--method", "swiftbrush", "--set", "method.clip_weight=0.1", "--set", "method.clip=nowhere"],
+        ["'nowhere'", "no model.safetensors there", "CLIPModel"],
+    ),
+    "black-of-points": (["--method", "tbcm", "--set", "method.black_filter=true"], ["points", "black_filter=false"]),
     "fake-guidance-without-null": (
         ["--method", "sid", "--set", "method.fake_guidance=0"],
         ["method.fake_guidance = 0", "no unconditional branch", "fake_guidance=1"],

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from fewstep.metrics import clip_score as module
-from fewstep.metrics.clip_score import FASHION_CLIP, clip_score, load_clip_scorer
+from fewstep.metrics.clip_score import FASHION_CLIP, agreement, clip_score, load_clip_scorer
 from fewstep.metrics.features import dequantise, file_sha256
 from fewstep.teachers.fashion_build.captions import build_tokenizer
 
@@ -190,3 +190,36 @@ def test_packaged_model_is_accepted():
     scorer = load_clip_scorer()
     assert scorer.protocol["clip_zero_shot_accuracy"] >= 0.85
     assert scorer.protocol["clip_normalisation"] == {"mean": [0.5], "std": [0.5]}
+
+
+@pytest.mark.parametrize("side", [8, 12])
+def test_it_sees_with_a_gradient_what_it_scores(grey, side):
+    """Pictures of bytes: the same but for rounding where nothing is resized, much the same where PIL and torch do it.
+
+    Fails for another normalisation, and for a graph that ends on the way."""
+    torch.manual_seed(1)
+    smooth = torch.nn.functional.interpolate(torch.rand(4, 1, 4, 4), (side, side), mode="bicubic")
+    images = dequantise((smooth * 255).clip(0, 255).to(torch.uint8)).requires_grad_()
+    texts = ["a bag", "a coat", "a bag", "a dress"]
+    cosines = agreement(grey)(images, texts)
+    exact = grey.cosines(images.detach(), texts).float()
+    assert_close(cosines, exact, atol=1e-5 if side == 8 else 5e-3, rtol=0)
+    cosines.sum().backward()
+    assert images.grad is not None and images.grad.isfinite().all() and images.grad.flatten(1).any(1).all()
+
+
+def test_a_shorter_edge_is_resized_and_the_middle_kept(grey):
+    """A wide picture's middle square is all that counts."""
+    torch.manual_seed(2)
+    wide = torch.rand(1, 1, 8, 16) * 2 - 1
+    assert_close(grey.see(wide), grey.see(wide[..., 4:12]))
+
+
+def test_a_prompt_is_read_once(grey, monkeypatch):
+    read, asked = agreement(grey), []
+    monkeypatch.setattr(
+        module.ClipScorer, "embed_texts", lambda self, texts: asked.extend(texts) or torch.ones(len(texts), 6)
+    )
+    for _ in range(2):
+        read(torch.zeros(3, 1, 8, 8), ["a bag", "a coat", "a bag"])
+    assert asked == ["a bag", "a coat"]

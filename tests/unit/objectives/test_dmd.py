@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fewstep.models.perception import Perception
 from fewstep.objectives.dmd import DMD
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.types import Batch, Condition, Pair
@@ -80,6 +81,7 @@ def test_both_networks_move_at_every_iteration():
     [
         ({"num_steps": 4}, "num_steps must be 1, got 4: for more steps take --method dmd2"),
         ({"regression_weight": -1.0}, "regression_weight"),
+        ({"distance": "lpips", "regression_weight": 0.0}, "compares pairs, and regression_weight = 0 takes none"),
         ({"guidance": 0.0}, "guidance"),
         ({"min_index": 990}, "low_index=990"),
         ({"first_time": 1.5}, "time"),
@@ -88,3 +90,14 @@ def test_both_networks_move_at_every_iteration():
 def test_bad_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DMD(**wrong)
+
+
+def test_lpips_compares_what_the_pairs_show():
+    """The mean over the batch of the distance between both decoded, the generator's first."""
+    given, players = with_pairs(), trio()
+    method = DMD(guidance=2.0, distance="lpips")
+    assert method.needs == {"pairs", "lpips"}
+    players.perception = Perception(lambda x: 3 * x, lambda a, b: (a - 2 * b).flatten(1).mean(1))
+    noise, x0, cond = given.pair
+    x = 0.5 * noise + 0.1 + 0.1 * cond.tensors["prompt"][:, :, None, None]
+    assert_close(method.regression(players, given), 3 * x.mean() - 6 * x0.mean())

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, VPTable, raw_of
 from fewstep.models.adapters import LoRA
+from fewstep.models.perception import Perception
 from fewstep.models.trio import Trio
 from fewstep.objectives.swiftbrush import SwiftBrush
 from fewstep.objectives.terms import distribution_matching, noise_error, variational
@@ -169,5 +170,56 @@ def test_the_first_gradient_is_zero_under_a_fresh_adapter():
     ],
 )
 def test_bad_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SwiftBrush(**wrong)
+
+
+def clip_gradient(iteration=0, **settings):
+    """What the CLIP loss adds to the gradient of the generator's bias; a cosine is .2 plus a hundredth of the mean."""
+    asked = []
+
+    def agreement(images, texts):
+        asked.append(texts)
+        return 0.2 + images.flatten(1).mean(1) / 100
+
+    def gradient(method):
+        players = trio()
+        players.perception = Perception(lambda x: x, agreement=agreement)
+        with players.turn("generator"):
+            given = dataclasses.replace(batch(), prompts=tuple("abcdef"))
+            method.generator_loss(players, given, rng(iteration=iteration)).total.backward()
+        return float(players.generator.backbone.b.grad)
+
+    method = SwiftBrush(guidance=2.0, clip_weight=0.5, **settings)
+    added = gradient(method) - gradient(SwiftBrush(guidance=2.0))
+    assert asked == ([tuple("abcdef")] if method.clip_share(iteration) else [])
+    return added
+
+
+def test_the_clip_loss_pulls_pictures_to_their_prompts_until_they_fit():
+    """Gradient -weight / 100 by the mean; none once the cosine is above the margin.  Fails with the sign turned, and
+    for a loss that is not clamped."""
+    assert clip_gradient(clip_margin=0.35) == pytest.approx(-0.5 / 100, abs=1e-6)
+    assert clip_gradient(clip_margin=0.1) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_clip_loss_fades():
+    assert clip_gradient(25, clip_until=100) == pytest.approx(-0.75 * 0.5 / 100, abs=1e-6)
+    assert clip_gradient(100, clip_until=100) == 0
+    method = SwiftBrush(clip_weight=0.1)
+    assert method.needs == {"clip"} and method.clip_share(10**6) == 0.1
+    assert SwiftBrush().needs == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"clip_weight": -0.1}, "clip_weight"),
+        ({"clip_weight": 0.1, "clip_margin": 1.5}, "clip_margin is a cosine"),
+        ({"clip_weight": 0.1, "clip_until": 0}, "clip_until must be >= 1"),
+        ({"clip": "folder"}, "no meaning at clip_weight 0"),
+    ],
+)
+def test_bad_clip_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         SwiftBrush(**wrong)

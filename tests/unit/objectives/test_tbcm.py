@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from fewstep.diffusion import Prediction, RectifiedFlow, VPTable, directional_derivative, like, match
+from fewstep.models.perception import Perception
 from fewstep.models.trio import Trio
 from fewstep.objectives.consistency import (
     TRIG,
@@ -398,3 +399,43 @@ def test_needs_and_turns():
     grid = TBCM(num_steps=2, student_shift=math.tan(1.0)).sampler.grid(RectifiedFlow())
     time = match(grid, RectifiedFlow(), TRIG)[0] * math.pi / 2
     assert time.tolist() == pytest.approx([math.pi / 2, 1.0], abs=1e-3)
+
+
+def test_black_trajectories_are_left_out_by_how_black_they_are():
+    """A sample is kept with probability min(1, mean |x0 - black|^2), whatever its elements' count."""
+    size = 4000
+    x0, black = torch.full((size, 1, 2, 3), 0.5), torch.zeros(1, 1, 2, 3)
+    kept = TBCM.passed(x0, black, rng(size=size))
+    assert set(kept.tolist()) == {0.0, 1.0} and kept.mean().item() == pytest.approx(0.25, abs=0.03)
+    assert TBCM.passed(x0 + 0.6, black, rng(size=size)).all()
+    assert not TBCM.passed(x0, black + 0.5, rng(size=size)).any()
+
+
+def test_the_filter_judges_where_the_trajectory_ends():
+    """On the exact teacher it ends within the data; a black picture there is the sample itself.
+
+    Fails if the last recorded state is judged, which still holds noise."""
+    size = 40
+    given, players = Batch(Condition(), (1,), tuple(range(size))), gaussian_trio()
+    method = TBCM(black_filter=True, grid_steps=16, **DATA_FREE)
+    assert method.needs == {"jvp", "black"}
+    with pytest.raises(ValueError, match="'black'"):
+        players.perception = Perception(lambda x: x)
+        method.pairs(players, given, rng(size=size))
+    players.perception = Perception(lambda x: x, black=torch.full((1, 1), 100.0))
+    made = method.pairs(players, given, rng(size=size))
+    assert made.keep is not None and made.keep.shape == made.t.shape and made.keep.all()
+    c, _, d = waves(made.t, made.x)
+    last = ((made.x - MEAN * c) * STD / d.sqrt() + MEAN)[-size:]  # the exact flow of the last states to data
+    for row in range(3):
+        players.perception = Perception(lambda x: x, black=last[row : row + 1].float())
+        keep = method.pairs(players, given, rng(size=size)).keep.reshape(-1, size)
+        assert not keep[:, row].any()  # all states of that trajectory
+        assert keep.any()
+
+
+def test_states_that_do_not_count_have_no_gradient():
+    g, student = torch.randn(2, 4, 3, dtype=torch.float64)
+    keep = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    consistency_loss(student.requires_grad_(), g, "sum", keep=keep).backward()
+    assert_close(student.grad, -2 * keep[:, None].double() * g / 4)

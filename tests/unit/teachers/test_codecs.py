@@ -55,3 +55,21 @@ def test_unconditional_rows_are_as_long_as_the_empty_prompt():
 def test_length_is_left_out_where_all_are_equal(lengths, told):
     """The empty prompt counts: guidance runs on it."""
     assert ("length" in rows(*lengths).tensors) is told
+
+
+def test_pictures_are_rendered_with_a_gradient_and_not_clamped(teacher):
+    """`decode` is `render`, clamped.  Fails if either is the other's graph or clamp."""
+    latents = (30 * torch.randn(2, *teacher.shape)).requires_grad_()
+    shown = teacher.codec.render(latents)
+    assert shown.abs().max() > 1
+    assert torch.equal(teacher.codec.decode(latents), shown.detach().clamp(-1, 1))
+    shown.sum().backward()
+    assert latents.grad is not None and latents.grad.abs().max() > 0
+
+
+def test_features_are_every_stages_maps(teacher):
+    images = (torch.rand(2, 1, 16, 16) * 2 - 1).requires_grad_()
+    maps = teacher.codec.features(images)
+    assert [tuple(m.shape) for m in maps] == [(2, 8, 8, 8), (2, 8, 4, 4), (2, 8, 4, 4)]
+    maps[-1].sum().backward()
+    assert images.grad is not None and images.grad.abs().max() > 0

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from fewstep.objectives.base import Turns
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.objectives.phased_dmd import PhasedDMD
+from fewstep.objectives.tmd import TMD
 from fewstep.training.optim import OptimConfig
 from fewstep.training.stages import Stages
 from fewstep.training.trainer import Trainer
@@ -117,3 +118,19 @@ def test_objectives_count_from_their_stages_start(trainer_of: TrainerOf, monkeyp
     for i in range(4):
         trainer.step(i)
     assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_stage_has_learning_rates_of_its_own(trainer_of: TrainerOf):
+    """Fails if a stage's rate is forgotten, or carried into the next."""
+    trainer = trainer_of(METHOD, iterations=12, generator=OptimConfig(lr=1e-3), critic=OptimConfig(lr=1e-4))
+    first, second = trainer.stages.stages
+    trainer.stages.stages = (first._replace(rate=3.0), second)
+    seen = []
+    for i in (0, 6):
+        trainer.step(i)
+        seen.append([trainer.optimizers[turn].param_groups[0]["lr"] for turn in ("generator", "critic")])
+    assert seen == [pytest.approx([3e-3, 3e-4]), pytest.approx([1e-3, 1e-4])]
+
+
+def test_transition_matching_passes_its_rate_on():
+    assert [stage.rate for stage in TMD(pretraining_rate=3.0).stages] == [3.0, 1.0]
