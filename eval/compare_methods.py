@@ -5,9 +5,11 @@
     python -m eval.compare_methods --grid                        draw the students, same noise
 
 A method's training gets --minutes of this machine's wall time, evaluations during it left out: its iterations are
-counted by the time that one takes, measured first.  What a method needs beforehand (pairs) is set-up and timed apart.
+counted by the time that one takes on all cores, measured first.  What a method needs beforehand (pairs) is set-up and
+timed apart.  --plan only measures, for all names: then nothing else may run.  Afterwards the iterations are fixed, and
+beside other work a run takes longer but comes to the same; two at a time, on one core each, are done sooner.
 Runs are the commands that a user would type, resumed if they were stopped.  Each result is a line in
-eval/results/compare.jsonl; the newest line of a name counts.  Run it on a machine that does nothing else.
+eval/results/compare.jsonl; the newest line of a name counts.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table: a recipe, and what differs from it."""
+    """One line of the table: a recipe, what differs from it, and the minutes that it gets if not those of all."""
 
     teacher: str
     method: str
@@ -56,12 +58,17 @@ class Run:
     seed: int = 0
     recipe_name: str = ""
     label: str = ""
+    minutes: float | None = None
+
+    @property
+    def plan(self) -> str:
+        """Of its plan, which runs of other seeds share."""
+        return f"{self.teacher}-{self.label or self.method}"
 
     @property
     def name(self) -> str:
         """Of its folder and its result."""
-        seed = f"-seed{self.seed}" if self.seed else ""
-        return f"{self.teacher}-{self.label or self.method}{seed}"
+        return f"{self.plan}-seed{self.seed}" if self.seed else self.plan
 
     @property
     def recipe(self) -> str:
@@ -74,6 +81,7 @@ PLAIN = ("dmd", "decoupled_dmd", "phased_dmd", "sid", "swiftbrush", "boot", "scm
 RUNS = (
     *(Run("fashion-dit", "dmd2", recipe_name=GAN["fashion-dit"], seed=seed) for seed in (0, 1, 2)),
     *(Run("fashion-dit", method) for method in PLAIN),
+    Run("fashion-dit", "dmd2", recipe_name=GAN["fashion-dit"], label="dmd2-long", minutes=60.0),
     Run("fashion-unet", "dmd2", recipe_name=GAN["fashion-unet"]),
     *(Run("fashion-unet", method) for method in ("sid", "swiftbrush")),
 )
@@ -84,8 +92,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {run.name: run for run in RUNS}
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {', '.join(names)}")
-    parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each run")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each run (dmd2-long: 60)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--plan", action="store_true", help="count the iterations and do nothing else")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing else")
     parser.add_argument("--grid", action="store_true", help=f"draw {GRID.relative_to(ROOT)} and do nothing else")
     options = parser.parse_args()
@@ -98,6 +107,10 @@ def main() -> int:
     if options.table or options.grid:
         return 0
     wanted = [run for run in map(names.__getitem__, options.names or names) if run.name not in results()]
+    if options.plan:
+        for run in wanted:
+            print(run.name, *planned(run, options.out, options.minutes)["sets"])
+        return 0
     failed = []
     with bar("compare", len(wanted), lines=True) as done:
         for run in wanted:
@@ -111,10 +124,7 @@ def main() -> int:
 
 def make(run: Run, out: Path, minutes: float) -> int:
     """Prepare, time, train, evaluate and measure a run, and store its result.  Returns the first failure's code."""
-    folder, plan = out / run.name, out / f"{run.name}.plan.json"
-    if not plan.is_file():  # a resumed run keeps its number of iterations
-        running.store(plan, planned(run, out, minutes))
-    known = json.loads(plan.read_text(encoding="utf-8"))
+    folder, known = out / run.name, planned(run, out, minutes)
     start = ["distill", "--config", run.recipe, *(word for value in known["sets"] for word in ("--set", value))]
     code, seconds = running.made(start, folder)
     if code:
@@ -123,7 +133,7 @@ def make(run: Run, out: Path, minutes: float) -> int:
     found = asdict(run) | {
         "name": run.name,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "planned_minutes": minutes,
+        "planned_minutes": run.minutes or minutes,
     }
     found |= running.result(start, folder) | known | {"cpu_minutes": round(seconds / 60, 1), "memory_mib": memory}
     with RESULTS.open("a", encoding="utf-8") as file:
@@ -132,10 +142,22 @@ def make(run: Run, out: Path, minutes: float) -> int:
 
 
 def planned(run: Run, out: Path, minutes: float) -> dict[str, Any]:
-    """What a run needs beforehand, and as many iterations as fit: {"sets", "networks", "seconds", "forwards", ...}."""
+    """A run's settings and what is told of it: {"sets", "networks", "seconds", "forwards", ...}.
+
+    Measured once and kept: a resumed run, and one of another seed, has the same number of iterations.
+    """
+    path = out / f"{run.plan}.plan.json"
+    if not path.is_file():
+        running.store(path, measured(run, out, run.minutes or minutes))
+    known = json.loads(path.read_text(encoding="utf-8"))
+    return known | {"sets": [*known["sets"], f"train.seed={run.seed}"]}
+
+
+def measured(run: Run, out: Path, minutes: float) -> dict[str, Any]:
+    """What any seed of a run needs beforehand, what it costs, and as many iterations as fit."""
     from fewstep.config import resolve
 
-    sets, before = [*run.sets, f"train.seed={run.seed}"], 0.0
+    sets, before = [*run.sets], 0.0
     if "pairs" in resolve(config=ROOT / run.recipe, sets=run.sets).objective.needs:
         pairs, before = paired(run, out)
         sets.append(f"pairs={pairs}")

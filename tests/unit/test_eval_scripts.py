@@ -123,9 +123,14 @@ def test_all_methods_are_compared_on_the_transformer():
 
 
 def test_a_plan_fits_the_minutes_and_chooses_on_other_samples(tmp_path, monkeypatch):
-    """2 s an iteration: 600 in 20 minutes, with eight looks at the student."""
-    monkeypatch.setattr(compare_methods.speed, "measure", lambda recipe, sets: {"seconds": 2.0, "forwards": 9.0})
+    """2 s an iteration: 600 in 20 minutes, with eight looks at the student.  Another seed is not measured again."""
+    costs = iter([{"seconds": 2.0, "forwards": 9.0}, {"seconds": 3.0, "forwards": 9.0}])
+    monkeypatch.setattr(compare_methods.speed, "measure", lambda recipe, sets: next(costs))
+    first = compare_methods.planned(compare_methods.RUNS[0], tmp_path, 20.0)
     plan = compare_methods.planned(compare_methods.RUNS[1], tmp_path, 20.0)
+    assert first["sets"][:-1] == plan["sets"][:-1] and first["sets"][-1] == "train.seed=0"
+    (long,) = (run for run in compare_methods.RUNS if run.label == "dmd2-long")
+    assert "train.iterations=1200" in compare_methods.planned(long, tmp_path, 20.0)["sets"]
     assert set(plan["sets"]) >= {
         "train.seed=1",
         "train.iterations=600",
