@@ -7,7 +7,7 @@ the same noise, and a resumed run goes on with the noise of the unbroken one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import torch
@@ -17,7 +17,11 @@ from torch import Tensor
 def key(*parts: object) -> int:
     """A 63-bit seed from any printable parts; equal parts give equal seeds on every machine and Python."""
     text = "/".join(str(part) for part in parts).encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1
+    return _seed(blake2b(text, digest_size=8).digest())
+
+
+def _seed(digest: bytes) -> int:
+    return int.from_bytes(digest, "big") >> 1
 
 
 class Rng:
@@ -37,12 +41,21 @@ class Rng:
     ) -> None:
         self.iteration = iteration
         self._prefix = (seed, iteration, turn)
+        self._draws = torch.Generator("cpu")  # one for all rows: it is seeded anew for each
         self._sample_ids = tuple(sample_ids)
         self._device = device
         self._drawn: set[str] = set()
 
     def _generator(self, *suffix: object) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(key(*self._prefix, *suffix))
+        return self._draws.manual_seed(key(*self._prefix, *suffix))
+
+    def _rows(self, stream: str) -> Iterator[torch.Generator]:
+        """Each sample's generator in turn, `_generator(stream, i)`, of which only the last part is hashed anew."""
+        shared = blake2b("/".join(map(str, (*self._prefix, stream, ""))).encode(), digest_size=8)
+        for i in self._sample_ids:
+            own = shared.copy()
+            own.update(str(i).encode())
+            yield self._draws.manual_seed(_seed(own.digest()))
 
     def _claim(self, stream: str) -> None:
         if stream in self._drawn:
@@ -52,7 +65,7 @@ class Rng:
     def randn(self, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Standard normals, [B, *shape] float32."""
         self._claim(stream)
-        rows = [torch.randn(shape, generator=self._generator(stream, i)) for i in self._sample_ids]
+        rows = [torch.randn(shape, generator=own) for own in self._rows(stream)]
         return torch.stack(rows).to(self._device)
 
     def randn_like(self, x: Tensor, stream: str) -> Tensor:
@@ -62,7 +75,7 @@ class Rng:
     def rand(self, stream: str) -> Tensor:
         """Uniform numbers in [0, 1), [B] float32."""
         self._claim(stream)
-        rows = [torch.rand((), generator=self._generator(stream, i)) for i in self._sample_ids]
+        rows = [torch.rand((), generator=own) for own in self._rows(stream)]
         return torch.stack(rows).to(self._device)
 
     def shared_int(self, stream: str, high: int) -> int:

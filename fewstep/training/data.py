@@ -55,6 +55,8 @@ class PromptData:
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> torch.Tensor:
+        if len(self.prompts) == 1:  # an epoch is a sample long: there would be one permutation for each
+            return torch.zeros(1, dtype=torch.long)
         generator = torch.Generator().manual_seed(key(self.seed, "prompts", epoch))
         return torch.randperm(len(self.prompts), generator=generator)
 
