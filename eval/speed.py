@@ -2,9 +2,10 @@
 
     python -m eval.speed configs/fashion_dit_sid.yaml method.num_steps=4
 
-Every stage of the method is stepped for whole cycles of its turns.  Arithmetic is what torch's counter of FLOPs finds
-(products of matrices, convolutions, attention; derivatives and backward passes too), divided by that of one call of the
-teacher, without guidance, on the whole batch: whatever a method evaluates, in one unit.
+Every stage of the method is stepped for whole cycles of its turns, after its critic's warm-up.  Arithmetic is what
+torch's counter of FLOPs finds (products of matrices, convolutions, attention; derivatives and backward passes too),
+divided by that of one call of the teacher, without guidance, on 64 images: whatever a method evaluates, and on however
+many images, in one unit.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 
 from eval.memory import prepared
 
-CYCLES = 2
-"""Cycles of turns that are timed, after one that is not."""
+LEAST = 8
+"""Iterations that are timed, and counted, at least: rollouts have several lengths."""
+IMAGES = 64
+"""Of the call of the teacher that is the unit of arithmetic."""
 
 
 def measure(recipe: Path, sets: Iterable[str] = ()) -> dict[str, float]:
@@ -44,23 +47,25 @@ def here(recipe: Path, sets: Iterable[str]) -> dict[str, float]:
         x = torch.randn(len(batch), *batch.shape)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             trainer.trio.real_score(x, torch.full((len(x),), 0.5), batch.cond)
-        one = counter.get_total_flops()
+        one = counter.get_total_flops() * IMAGES / len(x)
         stages = trainer.stages
         for stage in range(len(stages)):
             trainer.progress.stage = stage
             trainer.begin(stage)
             start, length = stages.starts[stage], stages.ends[stage] - stages.starts[stage]
-            cycle = stages[stage].turns.critic_per_generator
-            for iteration in range(start, start + cycle):
+            turns = stages[stage].turns
+            start += turns.critic_warmup
+            several = turns.critic_per_generator * -(-LEAST // turns.critic_per_generator)
+            for iteration in range(start, start + turns.critic_per_generator):
                 trainer.step(iteration)
             begun = time.perf_counter()
-            for iteration in range(start + cycle, start + (1 + CYCLES) * cycle):
+            for iteration in range(start, start + several):
                 trainer.step(iteration)
-            seconds += length * (time.perf_counter() - begun) / (CYCLES * cycle)
+            seconds += length * (time.perf_counter() - begun) / several
             with FlopCounterMode(display=False) as counter:
-                for iteration in range(start, start + cycle):
+                for iteration in range(start, start + several):
                     trainer.step(iteration)
-            flops += length * counter.get_total_flops() / cycle
+            flops += length * counter.get_total_flops() / several
             weight += length
     return {"seconds": seconds / weight, "forwards": flops / weight / one if one else float("nan")}
 

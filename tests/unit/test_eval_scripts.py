@@ -178,3 +178,16 @@ def test_speed_counts_time_and_arithmetic_over_all_stages(tmp_path):
         found.append(speed.here(recipe, []))
     assert all(cost["seconds"] > 0 for cost in found)
     assert found[1]["forwards"] < found[0]["forwards"]  # fewer of the generator's turns in an iteration
+
+
+def test_arithmetic_is_in_calls_on_as_many_images_and_leaves_warm_up_out(tmp_path):
+    """Fails if a method of small batches looks dear, or if SiD's first iteration, the critic's alone, stands for all."""
+    recipe, found = tmp_path / "recipe.yaml", {}
+    for batch, warmup in ((4, 0), (8, 0), (4, 3)):
+        method = f"{{name: sid, guidance: 1.0, turns: {{critic_warmup: {warmup}}}}}"
+        recipe.write_text(
+            f"teacher: {{name: gaussian, fit_steps: 1}}\nmethod: {method}\ntrain: {{batch_size: {batch}}}\n"
+        )
+        found[batch, warmup] = speed.here(recipe, [])["forwards"]
+    assert found[8, 0] == pytest.approx(2 * found[4, 0])
+    assert found[4, 3] == pytest.approx(found[4, 0])
