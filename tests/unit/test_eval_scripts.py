@@ -181,7 +181,7 @@ def test_speed_counts_time_and_arithmetic_over_all_stages(tmp_path):
 
 
 def test_arithmetic_is_in_calls_on_as_many_images_and_leaves_warm_up_out(tmp_path):
-    """Fails if a method of small batches looks dear, or if SiD's first iteration, the critic's alone, stands for all."""
+    """Fails if a method of small batches looks dear, or if SiD's first iteration, the critic alone, stands for all."""
     recipe, found = tmp_path / "recipe.yaml", {}
     for batch, warmup in ((4, 0), (8, 0), (4, 3)):
         method = f"{{name: sid, guidance: 1.0, turns: {{critic_warmup: {warmup}}}}}"
