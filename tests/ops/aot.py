@@ -1,0 +1,47 @@
+"""Triton kernels compiled ahead of time, without a GPU: what a configuration takes of an architecture."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that a block may take."""
+
+
+class Resources(NamedTuple):
+    """Registers of a thread, bytes that it spills, bytes of shared memory of a block."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def resources(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], architecture: int, **options: int
+) -> Resources:
+    """Compile a @triton.jit function for an architecture (80, 90, 100).
+
+    signature: type of every argument ("*bf16", "fp32", "i32"; "constexpr" for those in `constants`).  Pointers are told
+    to be aligned to 16 bytes.  options: num_warps, num_stages.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import __file__ as nvidia
+    from triton.compiler import ASTSource
+
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constants), attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(nvidia).parent / "bin" / "cuobjdump"
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared)
