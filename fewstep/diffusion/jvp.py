@@ -6,21 +6,19 @@ the state's fine), the tangent looks sound, and only another estimate shows it: 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.diffusion.schedules import like
+from fewstep.diffusion.tangents import LOST, Lost, Tangents
 
 Function = Callable[..., Tensor]
-Mode = Literal["exact", "central", "forward"]
-Graph = Literal["none", "shared", "separate"]
+Mode = Literal["exact", "dual", "central", "forward"]
 
 STEP = 1e-4
 """Of time.  A network of 1000 t holds sin(1000 t): fashion-dit's central differences in float32 are wrong by 56% at the
@@ -28,11 +26,6 @@ STEP = 1e-4
 STATE = 50.0
 """The state may move so much farther than time, relative to its size: 5e-3, the best for float32 and no 1000 t."""
 LADDER = tuple(1e-2 / 4**k for k in range(6))
-LOST = (
-    "torch drops derivatives silently behind custom ops without a jvp, detach, .data, .item, numpy, integer casts of "
-    "the time and inference mode. Give the op an autograd.Function with a jvp and the network a continuous time; if "
-    "the function is smooth and only its AD is broken, use mode='central'."
-)
 
 
 class Derivative(NamedTuple):
@@ -50,13 +43,15 @@ def directional_derivative(
     mode: Mode = "exact",
     step: float | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-    graph: Graph = "none",
+    graph: bool = False,
 ) -> Derivative:
     """f and its derivative along a direction, sample by sample: J = sum_i (df / d primal_i) tangent_i.
 
     sCM, TBCM: F(x / sigma_d, t) along (dx/dt / sigma_d, 1), both times cos t sin t     [arXiv:2410.11081, section 5.1]
     MeanFlow: u(z, r, t) along (v, 0, 1)     [arXiv:2505.13447]      BOOT: y(e, t) along (0, 1)     [arXiv:2306.05544]
-    exact: dual numbers, with attention on the math kernel, the only one that has a jvp.  Costs 5 to 9 forwards.
+    exact: a tangent beside each value of one ordinary forward, see `Tangents`.
+    dual: torch's dual numbers, for networks with autograd.Functions of their own; attention on the math kernel, the
+    only one that has a jvp.  Costs 4 to 9 forwards, and one more for a graph.
     central: (f(h) - f(-h)) / 2h, error O(h^2); at an end of `bounds`, sample by sample, (4 f(h) - 3 f(0) - f(2h)) / 2h
     to the inside.  2 calls beside the value's.  TMD's, with 5e-3     [arXiv:2601.09881]
     forward: (f(h) - f(0)) / h, error O(h), backwards at the upper end.  1 call beside the value's; 2% wrong at STEP on
@@ -66,27 +61,25 @@ def directional_derivative(
     tangents: of their primals' shapes; None = constant.
     step: of finite differences, how far the fastest time moves (default STEP); the state moves at most STATE times as
     far, relative to its size.  They are evaluated in float32 or better; half precision is refused, being all noise.
-    graph: what carries one (if gradients are enabled).  none: nothing.  separate: the value, from an ordinary forward
-    of its own, so with any attention kernel and gradient checkpointing.  shared: the value, from the dual pass itself
-    (exact only): 6% faster on the embedded teachers, but the tangent's graph is built and dropped, and gradient
-    checkpointing raises.
+    graph: whether the value carries one (if gradients are enabled); the tangent never does.
     All calls draw the same random numbers, so that dropout is one function.
 
     Raises ValueError for what does not fit, RuntimeError if forward-mode AD finds no derivative.
     """
-    _check(primals, tangents, mode, step, graph)
-    again, record = _replaying(f, primals[0].device), graph != "none" and torch.is_grad_enabled()
-    if mode == "exact" and graph != "separate":
-        value, tangent = _dual(f, primals, tangents, record)
-    else:
-        with torch.set_grad_enabled(record):
-            value = f(*primals)
+    _check(primals, tangents, mode, step)
+    again = _replaying(f, primals[0].device)
+    with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
         if mode == "exact":
-            tangent = _dual(again, primals, tangents, False)[1]
+            value, tangent = _beside(f, primals, tangents)
         else:
-            tangent = _difference(again, value.detach(), primals, tangents, mode, step or STEP, bounds)
+            value = f(*primals)
+            tangent = (
+                _dual(again, primals, tangents)
+                if mode == "dual"
+                else _difference(again, value.detach(), primals, tangents, mode, step or STEP, bounds)
+            )
     if tangent is None:
-        raise RuntimeError(f"forward-mode AD finds no derivative of this function: {LOST}")
+        raise Lost("this function")
     return Derivative(value, _wide(tangent.detach()))
 
 
@@ -114,7 +107,7 @@ def check_jvp(
     Returns name -> relative error, an input that f ignores having error 0.
     Raises RuntimeError naming the input whose derivative is lost or wrong, or if the differences never agree.
     """
-    _check(primals, tangents, mode, step, "none")
+    _check(primals, tangents, mode, step)
     names = tuple(names) or tuple(f"primals[{i}]" for i in range(len(primals)))
     again, report = _replaying(f, primals[0].device), {}
     value = again(*primals)
@@ -123,8 +116,11 @@ def check_jvp(
             continue
         alone = [tangent if j == i else None for j in range(len(tangents))]
         steps = [_difference(again, value, primals, alone, "central", h, bounds) for h in LADDER]
-        if mode == "exact":
-            found = _dual(again, primals, alone, False)[1]
+        if mode in ("exact", "dual"):
+            try:
+                found = _beside(again, primals, alone)[1] if mode == "exact" else _dual(again, primals, alone)
+            except Lost as error:
+                raise RuntimeError(f"the derivative by {name} is lost: {error}") from error
             found = torch.zeros_like(steps[0]) if found is None else _wide(found)
             remedy = LOST
         else:
@@ -156,14 +152,11 @@ def _error(found: Tensor, steps: Sequence[Tensor], tolerance: float, name: str, 
     return error / size if size else 0.0
 
 
-def _check(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], mode: str, step: float | None, graph: str):
-    for what, chosen, known in (("mode", mode, get_args(Mode)), ("graph", graph, get_args(Graph))):
-        if chosen not in known:
-            raise ValueError(f"no {what} {chosen!r}; known: {', '.join(known)}.")
-    if step is not None and (mode == "exact" or not step > 0):
+def _check(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], mode: str, step: float | None) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"no mode {mode!r}; known: {', '.join(get_args(Mode))}.")
+    if step is not None and (mode in ("exact", "dual") or not step > 0):
         raise ValueError(f"step={step} has no meaning in mode {mode!r}; finite differences take a positive one.")
-    if graph == "shared" and mode != "exact":
-        raise ValueError(f"mode {mode!r} has no pass to share; use graph='separate'.")
     if len(primals) != len(tangents) or all(tangent is None for tangent in tangents):
         raise ValueError(f"one tangent for each of {len(primals)} primals, not all None; got {len(tangents)}.")
     for i, (primal, tangent) in enumerate(zip(primals, tangents)):
@@ -179,33 +172,29 @@ def _check(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], mode: s
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode drops forward-mode tangents silently; use torch.no_grad.")
     device = primals[0].device.type
-    if mode != "exact" and torch.is_autocast_enabled(device):
+    if mode in ("central", "forward") and torch.is_autocast_enabled(device):
         raise ValueError("finite differences under autocast are noise; wrap them in autocast(enabled=False).")
 
 
-def _dual(
-    f: Function, primals: Sequence[Tensor], tangents: Sequence[Tensor | None], record: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Value and tangent by dual numbers; the tangent is None where no path leads from a tangent to the output.
+def _beside(f: Function, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Value, with a graph if gradients are enabled, and tangent, None where no path leads to the output."""
+    with Tangents() as moving:
+        value = f(*(p if d is None else moving.move(p, d) for p, d in zip(primals, tangents, strict=True)))
+        return value, moving.of(value)
+
+
+@torch.no_grad()
+def _dual(f: Function, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """The tangent by torch's dual numbers; None where no path leads from a tangent to the output.
 
     torch.func.jvp would put zeros there, which nobody can tell from a derivative that is zero.
     """
-    # Torch would notice in the backward pass only, where a recomputed region saves other tensors, and name no remedy.
-    guard = disable_saved_tensors_hooks(
-        "gradient checkpointing (or another saved-tensor hook) cannot repeat a forward with tangents; "
-        "use graph='separate', or switch it off"
-    )
-    with (
-        torch.set_grad_enabled(record),
-        guard if record else nullcontext(),
-        sdpa_kernel(SDPBackend.MATH),
-        forward_ad.dual_level(),
-    ):
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         duals = [
             p if d is None else forward_ad.make_dual(p, d.detach().to(p))
             for p, d in zip(primals, tangents, strict=True)
         ]
-        return forward_ad.unpack_dual(f(*duals))
+        return forward_ad.unpack_dual(f(*duals)).tangent
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class Consistency:
     norm: Norm = "sum"  # of the tangent; sCM.  mean: per element, FastGen's default
     norm_floor: float = 0.1  # c, added to it; sCM section 4.2
     weight: bool = False  # learn w(t); ours, sCM learns it
-    mode: Mode = "exact"  # of the derivative; central and forward: finite differences, for networks without jvp
+    mode: Mode = "exact"  # of the derivative; see `directional_derivative`
     step: float | None = None  # of finite differences, in time; none = that of `directional_derivative`
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class Consistency:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         check_positive(self, "guidance", "student_shift", "norm_floor")
-        if self.step is not None and (self.mode == "exact" or not 0 < self.step < 1):
+        if self.step is not None and (self.mode in ("exact", "dual") or not 0 < self.step < 1):
             raise ValueError(f"step must be in (0, 1), and with mode central or forward; got {self.step}, {self.mode}")
         self.sampler.grid(RectifiedFlow())  # raises for steps or a shift that make no descending grid
 
@@ -162,7 +162,7 @@ class Consistency:
         """Descend the bounded tangent at the states of `pairs`."""
         pairs, r = self.pairs(trio, batch, rng), self.share(rng.iteration)
         f, primals, tangents = _path(trio.generator, pairs)
-        value, jvp = directional_derivative(f, primals, tangents, mode=self.mode, step=self.step, graph="separate")
+        value, jvp = directional_derivative(f, primals, tangents, mode=self.mode, step=self.step, graph=True)
         with torch.no_grad():
             raw = consistency_tangent(value, pairs, jvp, r)
             g, size = bounded(raw, self.norm, self.norm_floor)

@@ -69,7 +69,7 @@ class MeanFlow:
     time_std: float = 1.0
     power: float = 1.0  # p of the weight 1 / (|error|^2 + c)^p; MeanFlow section 5
     constant: float = 1e-3  # c; MeanFlow section 4.3, an example
-    derivative: Mode = "exact"  # du/dt: dual numbers, or differences (TMD's and FastGen's for Wan)
+    derivative: Mode = "exact"  # du/dt, see `directional_derivative`; differences: TMD and FastGen for Wan
     student_shift: float = 1.0  # flow shift of the student's time grid
     turns: Turns = Turns()  # the student alone
 
@@ -116,7 +116,7 @@ class MeanFlow:
             (v, torch.ones_like(t)),
             mode=self.derivative,
             bounds=ends(trio.generator.schedule),
-            graph="separate",
+            graph=True,
         )
         error = (u - (v - like(t - r, z) * du)).square().flatten(1).sum(1)
         total = ((error.detach() + self.constant) ** -self.power * error).mean()

@@ -83,7 +83,7 @@ class TMD(DMD2):
                 raise ValueError(f"{name} is a share and must be in [0, 1], got {getattr(self, name)}")
         if not isfinite(self.gate):
             raise ValueError(f"gate must be finite, got {self.gate}; its sigmoid is what the head hears of y_s")
-        if self.jvp_step is not None and (self.jvp == "exact" or not self.jvp_step > 0):
+        if self.jvp_step is not None and (self.jvp in ("exact", "dual") or not self.jvp_step > 0):
             raise ValueError(f"jvp_step={self.jvp_step} has no meaning with jvp={self.jvp!r}; leave it out")
 
     @property
@@ -210,7 +210,7 @@ class TransitionMeanFlow:
         """u, with graph, and what it is to be: v - (s - r) du/ds, without."""
         if still:
             return draw.u(draw.y_s, draw.s), draw.v
-        how: Any = {"mode": self.method.jvp, "step": self.method.jvp_step, "graph": "separate"}
+        how: Any = {"mode": self.method.jvp, "step": self.method.jvp_step, "graph": True}
         u, du = directional_derivative(draw.u, *draw.direction, **how)
         return u, draw.v - like(draw.s - draw.r, du).to(du) * du
 

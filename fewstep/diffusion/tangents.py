@@ -1,0 +1,364 @@
+"""Forward-mode derivatives beside an ordinary forward: the value keeps its graph, the tangent never has one.
+
+Torch's dual numbers carry both through every operation, so that a value with a graph costs a second forward, attention
+must take its quadratic kernel, and gradient checkpointing fails.  Here a mode watches the torch functions that a
+network calls.  The value is made by the very call that the network makes; the tangent of its result by a rule of that
+function, without graph, or where there is no rule by dual numbers of that one function.  So the backward pass,
+recomputation and fused kernels are those of the plain network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LOST = (
+    "torch drops derivatives silently behind custom ops without a jvp, detach, .data, .item, numpy, integer casts of "
+    "the time and inference mode. Give the network a continuous time and functions of torch; where it has an "
+    "autograd.Function of its own with a jvp, use mode='dual'; if the function is smooth and only its AD is broken, "
+    "mode='central'."
+)
+
+
+class Lost(RuntimeError):
+    """A function whose derivative would be lost without a word."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"forward-mode AD finds no derivative of {what}: {LOST}")
+
+
+Rule = Callable[["Tangents", Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+"""(mode, function, result, its arguments) -> the result's tangent, like the result; None where it stands still."""
+
+
+class Tangents(TorchFunctionMode):
+    """Within it, torch functions carry tangents along.
+
+    `move` names what moves and how; `of` tells the tangent of what was made of it.  What leaves torch's functions loses
+    its tangent: a custom autograd.Function or operator in silence (`check_jvp` finds that), a cast to integers or to a
+    Python number with a RuntimeError.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tangents = WeakTensorKeyDictionary()
+
+    def move(self, x: Tensor, tangent: Tensor) -> Tensor:
+        """x as an object of its own, moving along `tangent`, of x's shape."""
+        alias = x.view_as(x)
+        self._tangents[alias] = tangent.detach().to(x)
+        return alias
+
+    def of(self, x: Any) -> Tensor | None:
+        """The tangent of a tensor; None if it stands still, or is none."""
+        if not isinstance(x, Tensor) or x not in self._tangents:
+            return None
+        if (tangent := self._tangents[x]) is None:
+            raise Lost("a view whose tensor was changed in place")
+        return tangent
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        self._tangents.clear()  # results kept in the graph would keep their tangents
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not (self._any(args) or self._any(kwargs.values())):
+            return func(*args, **kwargs)
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name in LOSING:
+            raise Lost(name)
+        if name in STILL:
+            return func(*args, **kwargs)
+        if name in AT_ONCE:
+            return AT_ONCE[name](self, func, args, kwargs)
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            return self._in_place(name.rstrip("_").lstrip("_"), func, args, kwargs)
+        out = func(*args, **kwargs)
+        found = out if isinstance(out, (tuple, list)) else (out,)
+        if any(isinstance(x, Tensor) and x.is_floating_point() for x in found):
+            with torch.no_grad():
+                self._remember(out, RULES.get(name, dual)(self, func, out, args, kwargs))
+        elif name == "to":
+            raise Lost(f"a cast to {found[0].dtype}")
+        return out
+
+    def _any(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if isinstance(value, Tensor):
+                if value in self._tangents:
+                    return True
+            elif isinstance(value, (tuple, list)) and self._any(value):
+                return True
+        return False
+
+    def _remember(self, out: Any, tangent: Any) -> None:
+        if isinstance(out, Tensor):
+            out, tangent = (out,), (tangent,)
+        elif tangent is None:
+            return
+        for x, moved in zip(out, tangent, strict=True):
+            if moved is not None:
+                if moved.shape != x.shape:
+                    moved = moved.expand(x.shape)
+                self._tangents[x] = moved
+
+    def _in_place(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """x += y, x *= y, x[i] = y: the tangent is that of the function that makes a new tensor.
+
+        It is computed first: afterwards x is no longer what the rule needs.  Tensors that share x's memory have changed
+        with it; their tangents are not known any more, and using them raises.
+        """
+        x = args[0]
+        with torch.no_grad():
+            if name == "setitem":
+                tangent = self._assigned(*args)
+            elif name in IN_PLACE:
+                plain = getattr(torch.Tensor, name)
+                tangent = RULES[name](self, plain, plain(*args, **kwargs), args, kwargs)
+            else:
+                raise Lost(f"{func.__name__}, which changes its input")
+        out = func(*args, **kwargs)
+        memory = x.untyped_storage().data_ptr()
+        for other in [key for key in self._tangents if key is not x and key.untyped_storage().data_ptr() == memory]:
+            self._tangents[other] = None
+        if tangent is None:
+            self._tangents.pop(x, None)
+        else:
+            self._tangents[x] = tangent.expand(x.shape).to(x.dtype)
+        return out
+
+    def _assigned(self, x: Tensor, index: Any, value: Any) -> Tensor:
+        """The tangent of x after x[index] = value."""
+        tangent, moved = self.of(x), self.of(value)
+        tangent = torch.zeros_like(x) if tangent is None else tangent.clone()
+        tangent[index] = 0 if moved is None else moved
+        return tangent
+
+
+def dual(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The rule of functions that have none: dual numbers, in a second call of this one function."""
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+
+        def lift(x: Any) -> Any:
+            if isinstance(x, (tuple, list)):
+                return type(x)(map(lift, x)) if type(x) in (tuple, list) else x
+            tangent = mode.of(x)
+            return x if tangent is None else forward_ad.make_dual(x.detach(), tangent.to(x))
+
+        again = func(*map(lift, args), **{key: lift(value) for key, value in kwargs.items()})
+        several = again if isinstance(again, (tuple, list)) else (again,)
+        tangents = [forward_ad.unpack_dual(x).tangent if isinstance(x, Tensor) else None for x in several]
+    if all(tangent is None for tangent in tangents):
+        raise Lost(getattr(func, "__name__", str(func)))
+    return tangents if several is again else tangents[0]
+
+
+def linear_in_first(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Views, casts and sums: the same of the tangent."""
+    tangent = mode.of(args[0])
+    return None if tangent is None else func(tangent, *args[1:], **kwargs)
+
+
+def joined(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """cat, stack: what stands still brings zeros."""
+    tangents = [torch.zeros_like(x) if (t := mode.of(x)) is None else t for x in args[0]]
+    return func(tangents, *args[1:], **kwargs)
+
+
+def bilinear(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Products of matrices and of numbers: f(ta, b) + f(a, tb)."""
+    a, b, *rest = args
+    ta, tb = mode.of(a), mode.of(b)
+    first = None if ta is None else func(ta, b, *rest, **kwargs)
+    second = None if tb is None else func(a, tb, *rest, **kwargs)
+    return second if first is None else first if second is None else first + second
+
+
+def add(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """a + alpha b."""
+    return _sum(mode, out, args, kwargs.get("alpha", 1))
+
+
+def sub(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """a - alpha b."""
+    return _sum(mode, out, args, -kwargs.get("alpha", 1))
+
+
+def _sum(mode: Tangents, out: Tensor, args: tuple[Any, ...], factor: float) -> Tensor | None:
+    ta, tb = mode.of(args[0]), mode.of(args[1])
+    if tb is None:
+        return ta
+    tb = tb if factor == 1 else factor * tb
+    return tb if ta is None else ta + tb
+
+
+def div(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """a / b."""
+    if kwargs.get("rounding_mode") is not None:
+        return None
+    ta, tb = mode.of(args[0]), mode.of(args[1])
+    change = ta if tb is None else -out * tb if ta is None else ta - out * tb
+    return None if change is None else change / args[1]
+
+
+def linear(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """x W^T + b and convolutions, of weights that stand still."""
+    weight, bias = kwargs.get("weight", args[1] if len(args) > 1 else None), kwargs.get("bias")
+    bias = args[2] if len(args) > 2 else bias
+    if mode.of(weight) is not None or mode.of(bias) is not None:
+        return dual(mode, func, out, args, kwargs)
+    rest = args[1:2] + (None,) * (len(args) > 2) + args[3:]
+    return linear_in_first(
+        mode, func, out, (args[0], *rest), {**kwargs, **({"bias": None} if "bias" in kwargs else {})}
+    )
+
+
+def by_slope(slope: Callable[[Tensor, Tensor], Any]) -> Rule:
+    """The rule of a function of numbers.  slope: (x, y) -> dy/dx."""
+
+    def rule(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tangent = mode.of(args[0])
+        return None if tangent is None else slope(args[0], out) * tangent
+
+    return rule
+
+
+def silu(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """x sigmoid(x)."""
+    return torch.ops.aten.silu_backward(mode.of(args[0]), args[0])
+
+
+def gelu(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """x Phi(x), or its approximation by tanh."""
+    return torch.ops.aten.gelu_backward(mode.of(args[0]), args[0], **kwargs)
+
+
+def power(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """x^n of a number n."""
+    x, n = args
+    if isinstance(n, Tensor):
+        return dual(mode, func, out, args, kwargs)
+    return mode.of(x) * (2 * x if n == 2 else n * x ** (n - 1))
+
+
+def softmax(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """p (t - sum p t)."""
+    axis = kwargs["dim"] if "dim" in kwargs else args[1]
+    moved = out * mode.of(args[0])
+    return moved - out * moved.sum(axis, keepdim=True)
+
+
+def layer_norm(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """LayerNorm over the last axis."""
+    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args)) | kwargs
+    x, weight, bias = given["input"], given.get("weight"), given.get("bias")
+    tangent = mode.of(x)
+    if (
+        tangent is None
+        or len(given["normalized_shape"]) != 1
+        or mode.of(weight) is not None
+        or mode.of(bias) is not None
+    ):
+        return dual(mode, func, out, args, kwargs)
+    moved = _normalised(x, tangent, given.get("eps", 1e-5))
+    return moved if weight is None else moved * weight
+
+
+def group_norm(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """GroupNorm: LayerNorm of each group."""
+    given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args)) | kwargs
+    x, groups, weight = given["input"], given["num_groups"], given.get("weight")
+    tangent = mode.of(x)
+    if tangent is None or mode.of(weight) is not None or mode.of(given.get("bias")) is not None:
+        return dual(mode, func, out, args, kwargs)
+    moved = _normalised(x.reshape(len(x), groups, -1), tangent.reshape(len(x), groups, -1), given.get("eps", 1e-5))
+    moved = moved.view_as(x)
+    return moved if weight is None else moved * weight.view(-1, *[1] * (x.ndim - 2))
+
+
+def _normalised(x: Tensor, tangent: Tensor, eps: float) -> Tensor:
+    """The tangent of (x - mean) / sqrt(var + eps) over the last axis: s (t' - y mean(y t')), t' = t - mean t."""
+    y, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    change = tangent - tangent.mean(-1, keepdim=True)
+    return scale.to(y.dtype) * torch.addcmul(change, y, (y * change).mean(-1, keepdim=True), value=-1)
+
+
+def dropout(mode: Tangents, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Linear, with the mask that the value draws: the tangent draws the same random numbers again."""
+    x, tangent = args[0], mode.of(args[0])
+    before = _random_state(x)
+    out = func(*args, **kwargs)
+    with torch.no_grad():
+        _set_random_state(x, before)
+        mode._remember(out, func(tangent.clone(), *args[1:], **kwargs))
+    return out
+
+
+def _random_state(x: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
+
+
+def _set_random_state(x: Tensor, state: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.set_rng_state(state, x.device)
+    else:
+        torch.set_rng_state(state)
+
+
+VIEWS = """
+T H mT mH view view_as reshape reshape_as permute transpose t swapaxes swapdims movedim moveaxis unsqueeze squeeze
+flatten unflatten contiguous to float double half bfloat16 type type_as expand expand_as repeat repeat_interleave tile
+chunk split split_with_sizes tensor_split unbind __getitem__ select narrow index_select gather roll flip clone neg
+positive __neg__ sum mean cumsum diagonal tril triu unfold fold pixel_shuffle pixel_unshuffle broadcast_to real alias
+interpolate
+"""
+"""Linear in their first argument, which may be all that moves."""
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(VIEWS.split(), linear_in_first),
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), joined),
+    **dict.fromkeys(("mul", "multiply", "matmul", "bmm", "mm", "__matmul__"), bilinear),
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), linear),
+    "add": add,
+    "sub": sub,
+    "div": div,
+    "true_divide": div,
+    **dict.fromkeys(("rsub", "__rsub__"), by_slope(lambda x, y: -1)),
+    **dict.fromkeys(("reciprocal", "__rdiv__", "__rtruediv__"), by_slope(lambda x, y: -y / x)),
+    **dict.fromkeys(("pow", "__pow__"), power),
+    "square": by_slope(lambda x, y: 2 * x),
+    "sqrt": by_slope(lambda x, y: 0.5 / y),
+    "rsqrt": by_slope(lambda x, y: -0.5 * y / x),
+    "exp": by_slope(lambda x, y: y),
+    "log": by_slope(lambda x, y: 1 / x),
+    "sin": by_slope(lambda x, y: x.cos()),
+    "cos": by_slope(lambda x, y: -x.sin()),
+    "tanh": by_slope(lambda x, y: 1 - y.square()),
+    "sigmoid": by_slope(lambda x, y: y * (1 - y)),
+    "relu": by_slope(lambda x, y: x > 0),
+    "silu": silu,
+    "gelu": gelu,
+    "softmax": softmax,
+    "layer_norm": layer_norm,
+    "group_norm": group_norm,
+}
+"""By the function's name, which methods and functions share."""
+IN_PLACE = ("add", "sub", "mul", "div")
+AT_ONCE: dict[str, Callable[[Tangents, Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    "dropout": dropout,
+}
+"""Functions whose value and tangent belong together."""
+STILL = """
+detach data grad requires_grad_ requires_grad register_hook retain_grad size dim numel stride storage_offset data_ptr
+is_contiguous zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty
+new_tensor sign round floor ceil trunc
+""".split()  # noqa: SIM905
+"""What asks about a tensor, makes another one like it, or stops the gradient as well."""
+LOSING = {"item", "tolist", "numpy", "long", "int", "short", "char", "byte", "__int__", "__float__", "__index__"}
