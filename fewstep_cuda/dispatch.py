@@ -34,6 +34,14 @@ DEVICES = {CPU: "cpu", TRITON: "cuda", CUDA: "cuda"}
 ORDER = {"cuda": (CUDA, TRITON, CHUNKED, REFERENCE), "cpu": (CPU, CHUNKED, REFERENCE)}
 """What `auto` tries, by the inputs' device; on others, the reference."""
 KERNELS: dict[str, dict[str, str]] = {
+    "attention_jvp": {
+        REFERENCE: "fewstep_cuda.attention_jvp:reference",
+        CHUNKED: "fewstep_cuda.attention_chunked:chunked",
+    },
+    "attention_jvp_backward": {
+        REFERENCE: "fewstep_cuda.attention_jvp:reference_backward",
+        CHUNKED: "fewstep_cuda.attention_chunked:chunked_backward",
+    },
     "score_difference": {REFERENCE: "fewstep_cuda.score_difference:reference"},
     "score_difference_from_raw": {REFERENCE: "fewstep_cuda.score_difference:reference_from_raw"},
 }
