@@ -76,7 +76,7 @@ class Run:
         return f"configs/{self.recipe_name or f'{self.teacher}_{self.method}'.replace('-', '_')}.yaml"
 
 
-GAN = {"fashion-dit": "fashion_dit_dmd2_gan", "fashion-unet": "fashion_unet_dmd2_gan"}
+GAN = {"fashion-dit": "fashion_dit_dmd2_gan_long", "fashion-unet": "fashion_unet_dmd2_gan"}
 PLAIN = ("dmd", "decoupled_dmd", "phased_dmd", "sid", "swiftbrush", "boot", "scm", "tbcm", "meanflow", "tmd")
 RUNS = (
     *(Run("fashion-dit", "dmd2", recipe_name=GAN["fashion-dit"], seed=seed) for seed in (0, 1, 2)),

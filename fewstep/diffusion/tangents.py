@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fewstep_cuda import attention_jvp
+
 LOST = (
     "torch drops derivatives silently behind custom ops without a jvp, detach, .data, .item, numpy, integer casts of "
     "the time and inference mode. Give the network a continuous time and functions of torch; where it has an "
@@ -85,7 +87,7 @@ class Tangents(TorchFunctionMode):
         found = out if isinstance(out, (tuple, list)) else (out,)
         if any(isinstance(x, Tensor) and x.is_floating_point() for x in found):
             with torch.no_grad():
-                self._remember(out, RULES.get(name, dual)(self, func, out, args, kwargs))
+                self.remember(out, RULES.get(name, dual)(self, func, out, args, kwargs))
         elif name == "to":
             raise Lost(f"a cast to {found[0].dtype}")
         return out
@@ -99,7 +101,8 @@ class Tangents(TorchFunctionMode):
                 return True
         return False
 
-    def _remember(self, out: Any, tangent: Any) -> None:
+    def remember(self, out: Any, tangent: Any) -> None:
+        """Results of a function, one or several, and how they move (None: not at all)."""
         if isinstance(out, Tensor):
             out, tangent = (out,), (tangent,)
         elif tangent is None:
@@ -211,14 +214,11 @@ def div(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict
 
 def linear(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """x W^T + b and convolutions, of weights that stand still."""
-    weight, bias = kwargs.get("weight", args[1] if len(args) > 1 else None), kwargs.get("bias")
-    bias = args[2] if len(args) > 2 else bias
-    if mode.of(weight) is not None or mode.of(bias) is not None:
+    weights = [*args[1:3], kwargs.get("weight"), kwargs.get("bias")]
+    if any(mode.of(weight) is not None for weight in weights):
         return dual(mode, func, out, args, kwargs)
-    rest = args[1:2] + (None,) * (len(args) > 2) + args[3:]
-    return linear_in_first(
-        mode, func, out, (args[0], *rest), {**kwargs, **({"bias": None} if "bias" in kwargs else {})}
-    )
+    args = (*args[:2], None, *args[3:]) if len(args) > 2 else args
+    return linear_in_first(mode, func, out, args, kwargs | {"bias": None} if "bias" in kwargs else kwargs)
 
 
 def by_slope(slope: Callable[[Tensor, Tensor], Any]) -> Rule:
@@ -296,9 +296,35 @@ def dropout(mode: Tangents, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     x, tangent = args[0], mode.of(args[0])
     before = _random_state(x)
     out = func(*args, **kwargs)
+    if tangent is not None:
+        with torch.no_grad():
+            _set_random_state(x, before)
+            mode.remember(out, func(tangent.clone(), *args[1:], **kwargs))
+    return out
+
+
+def attention(mode: Tangents, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Attention by the operator that makes value and tangent in one pass.
+
+    Where the value has a graph it is that of the network's own call: what it saves for the backward pass, or what a
+    recomputation saves in its stead, has to be the same without tangents.
+    """
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, args)) | kwargs
+    inputs, mask = [given[name] for name in names[:3]], given.get("attn_mask")
+    if given.get("dropout_p"):
+        raise Lost("attention with dropout")
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    out = func(*args, **kwargs) if recorded or inputs[0].ndim != 4 or mode.of(mask) is not None else None
     with torch.no_grad():
-        _set_random_state(x, before)
-        mode._remember(out, func(tangent.clone(), *args[1:], **kwargs))
+        if inputs[0].ndim != 4 or mode.of(mask) is not None:
+            mode.remember(out, dual(mode, func, out, args, kwargs))
+            return out
+        tangents = [mode.of(x) for x in inputs]
+        how = {"mask": mask, "causal": given.get("is_causal", False), "scale": given.get("scale")}
+        value, tangent = attention_jvp(*inputs, *tangents, **how)
+    out = value if out is None else out
+    mode.remember(out, tangent)
     return out
 
 
@@ -353,6 +379,7 @@ RULES: dict[str, Rule] = {
 IN_PLACE = ("add", "sub", "mul", "div")
 AT_ONCE: dict[str, Callable[[Tangents, Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     "dropout": dropout,
+    "scaled_dot_product_attention": attention,
 }
 """Functions whose value and tangent belong together."""
 STILL = """

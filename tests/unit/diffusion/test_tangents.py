@@ -17,6 +17,7 @@ W = torch.randn(5, 6, generator=G, dtype=torch.float64)
 KERNEL = torch.randn(2, 4, 3, 3, generator=G, dtype=torch.float64)
 BIAS = torch.randn(2, generator=G, dtype=torch.float64)
 ROW = torch.randn(6, generator=G, dtype=torch.float64)
+KEYS = torch.randn(1, 3, 4, 6, generator=G, dtype=torch.float64)
 FOUR = torch.randn(4, generator=G, dtype=torch.float64)
 
 FUNCTIONS = {
@@ -46,6 +47,15 @@ FUNCTIONS = {
     "interpolate": lambda x, y: F.interpolate(x, scale_factor=2.0, mode="linear") + y.repeat_interleave(2, -1),
     "pad": lambda x, y: F.pad(x, (1, 1)),
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None] + 1),
+    "attention of constants": lambda x, y: F.scaled_dot_product_attention(x[None], KEYS, KEYS, scale=0.3),
+    "masked attention": lambda x, y: F.scaled_dot_product_attention(
+        x[None], y[None], y[None], attn_mask=x[0, 0, :4] > 0
+    ),
+    "causal attention": lambda x, y: F.scaled_dot_product_attention(
+        x[:, None], y[:, None], KEYS[0][:, None], is_causal=True
+    ),
+    "moving mask": lambda x, y: F.scaled_dot_product_attention(KEYS, KEYS, y[None], attn_mask=x[None, :, :, :4]),
+    "attention of points": lambda x, y: F.scaled_dot_product_attention(x, y, y),
 }
 
 
