@@ -314,16 +314,16 @@ def attention(mode: Tangents, func: Any, args: tuple[Any, ...], kwargs: dict[str
     inputs, mask = [given[name] for name in names[:3]], given.get("attn_mask")
     if given.get("dropout_p"):
         raise Lost("attention with dropout")
+    apart = inputs[0].ndim != 4 or mode.of(mask) is not None  # what the operator does not take
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    out = func(*args, **kwargs) if recorded or inputs[0].ndim != 4 or mode.of(mask) is not None else None
+    out = func(*args, **kwargs) if apart or recorded else None
     with torch.no_grad():
-        if inputs[0].ndim != 4 or mode.of(mask) is not None:
-            mode.remember(out, dual(mode, func, out, args, kwargs))
-            return out
-        tangents = [mode.of(x) for x in inputs]
-        how = {"mask": mask, "causal": given.get("is_causal", False), "scale": given.get("scale")}
-        value, tangent = attention_jvp(*inputs, *tangents, **how)
-    out = value if out is None else out
+        if apart:
+            tangent = dual(mode, func, out, args, kwargs)
+        else:
+            how = {"mask": mask, "causal": given.get("is_causal", False), "scale": given.get("scale")}
+            value, tangent = attention_jvp(*inputs, *map(mode.of, inputs), **how)
+            out = value if out is None else out
     mode.remember(out, tangent)
     return out
 

@@ -49,7 +49,7 @@ FUNCTIONS = {
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None] + 1),
     "attention of constants": lambda x, y: F.scaled_dot_product_attention(x[None], KEYS, KEYS, scale=0.3),
     "masked attention": lambda x, y: F.scaled_dot_product_attention(
-        x[None], y[None], y[None], attn_mask=x[0, 0, :4] > 0
+        x[None], y[None], y[None], attn_mask=x[0, :1, :4] > 0
     ),
     "causal attention": lambda x, y: F.scaled_dot_product_attention(
         x[:, None], y[:, None], KEYS[0][:, None], is_causal=True
