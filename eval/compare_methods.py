@@ -50,20 +50,18 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table: a recipe, what differs from it, and the minutes that it gets if not those of all."""
+    """One line of the table: a recipe and what differs from it."""
 
     teacher: str
     method: str
     sets: tuple[str, ...] = ()
     seed: int = 0
     recipe_name: str = ""
-    label: str = ""
-    minutes: float | None = None
 
     @property
     def plan(self) -> str:
         """Of its plan, which runs of other seeds share."""
-        return f"{self.teacher}-{self.label or self.method}"
+        return f"{self.teacher}-{self.method}"
 
     @property
     def name(self) -> str:
@@ -81,7 +79,6 @@ PLAIN = ("dmd", "decoupled_dmd", "phased_dmd", "sid", "swiftbrush", "boot", "scm
 RUNS = (
     *(Run("fashion-dit", "dmd2", recipe_name=GAN["fashion-dit"], seed=seed) for seed in (0, 1, 2)),
     *(Run("fashion-dit", method) for method in PLAIN),
-    Run("fashion-dit", "dmd2", recipe_name=GAN["fashion-dit"], label="dmd2-long", minutes=60.0),
     Run("fashion-unet", "dmd2", recipe_name=GAN["fashion-unet"]),
     *(Run("fashion-unet", method) for method in ("sid", "swiftbrush")),
 )
@@ -92,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {run.name: run for run in RUNS}
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {', '.join(names)}")
-    parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each run (dmd2-long: 60)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each run")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--plan", action="store_true", help="count the iterations and do nothing else")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing else")
@@ -133,7 +130,7 @@ def make(run: Run, out: Path, minutes: float) -> int:
     found = asdict(run) | {
         "name": run.name,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "planned_minutes": run.minutes or minutes,
+        "planned_minutes": minutes,
     }
     found |= running.result(start, folder) | known | {"cpu_minutes": round(seconds / 60, 1), "memory_mib": memory}
     with RESULTS.open("a", encoding="utf-8") as file:
@@ -148,7 +145,7 @@ def planned(run: Run, out: Path, minutes: float) -> dict[str, Any]:
     """
     path = out / f"{run.plan}.plan.json"
     if not path.is_file():
-        running.store(path, measured(run, out, run.minutes or minutes))
+        running.store(path, measured(run, out, minutes))
     known = json.loads(path.read_text(encoding="utf-8"))
     return known | {"sets": [*known["sets"], f"train.seed={run.seed}"]}
 
@@ -199,7 +196,15 @@ def results() -> dict[str, dict[str, Any]]:
 
 def table() -> str:
     """The results so far as a markdown table, each teacher's best stored figures above its students."""
-    costs = ["minutes", "s / iteration", "forwards / iteration", "allocated MiB", "VmHWM MiB", "commit"]
+    costs = [
+        "chosen at",
+        "s / iteration",
+        "forwards / iteration",
+        "CPU minutes",
+        "allocated MiB",
+        "VmHWM MiB",
+        "commit",
+    ]
     head = ["teacher", "method", "data-free", "trained networks", "NFE", *COLUMNS.values(), *costs]
     lines, teachers, found = [head, ["---"] * len(head)], set(), results()
     for run in (run for run in RUNS if run.name in found):
@@ -211,7 +216,9 @@ def table() -> str:
             lines.append([*told, *_figures(best), *["-"] * len(costs)])
         told = ["", run.name.removeprefix(f"{run.teacher}-"), "yes" if row["data_free"] else "no"]
         told += [", ".join(row["networks"]).replace("_", " "), f"{row['nfe']:g}"]
-        spent = [f"{row['minutes']:.1f}", f"{row['seconds']:.2f}", f"{row['forwards']:.1f}"]
+        (total,) = (value.rpartition("=")[2] for value in row["sets"] if value.startswith("train.iterations="))
+        spent = [f"{row['iteration']} of {total}", f"{row['seconds']:.2f}", f"{row['forwards']:.1f}"]
+        spent.append(f"{row['cpu_minutes']:.0f}")
         spent += [*map(str, row["memory_mib"].values()), f"{(row['training']['revision'] or '-')[:7]}, {row['date']}"]
         lines.append([*told, *_figures(row["student"]["figures"], row["student"]["spread"]), *spent])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -12,10 +12,13 @@ Made = tuple[Any, Callable[[Tensor, Tensor], Tensor], Tensor]
 BATCH, TEXT, WIDTH = 2, 7, 32
 
 
-def made(name: str) -> Made:
-    """A family's network in evaluation mode, none of whose weights is all zeros, and how it is called."""
+def made(name: str, **sizes: int) -> Made:
+    """A family's network in evaluation mode, none of whose weights is all zeros, and how it is called.
+
+    sizes: arguments of the family's function.
+    """
     torch.manual_seed(0)
-    network, call, shape = FAMILIES[name]()
+    network, call, shape = FAMILIES[name](**sizes)
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -170,7 +173,7 @@ def dit() -> Any:
     return network, call, (4, 8, 8)
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "sd3": sd3,
     "flux": flux,
     "wan": wan,
