@@ -34,8 +34,26 @@ DEVICES = {CPU: "cpu", TRITON: "cuda", CUDA: "cuda"}
 ORDER = {"cuda": (CUDA, TRITON, CHUNKED, REFERENCE), "cpu": (CPU, CHUNKED, REFERENCE)}
 """What `auto` tries, by the inputs' device; on others, the reference."""
 KERNELS: dict[str, dict[str, str]] = {
-    "score_difference": {REFERENCE: "fewstep_cuda.score_difference:reference"},
-    "score_difference_from_raw": {REFERENCE: "fewstep_cuda.score_difference:reference_from_raw"},
+    "score_difference": {
+        REFERENCE: "fewstep_cuda.score_difference:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch",
+    },
+    "score_difference_from_raw": {
+        REFERENCE: "fewstep_cuda.score_difference:reference_from_raw",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_from_raw",
+    },
+    "score_difference_two": {
+        REFERENCE: "fewstep_cuda.score_difference_two:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_two",
+    },
+    "score_identity": {
+        REFERENCE: "fewstep_cuda.score_identity:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_identity",
+    },
+    "tangent_normalise": {
+        REFERENCE: "fewstep_cuda.tangent_normalise:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_normalise",
+    },
 }
 """Operator -> backend -> module:function.  A kernel is one file in `fewstep_cuda/<backend>/` and one line here.
 
