@@ -37,10 +37,12 @@ KERNELS: dict[str, dict[str, str]] = {
     "score_difference": {
         REFERENCE: "fewstep_cuda.score_difference:reference",
         CPU: "fewstep_cuda.cpu.score_difference:launch",
+        TRITON: "fewstep_cuda.triton.score_difference:launch",
     },
     "score_difference_from_raw": {
         REFERENCE: "fewstep_cuda.score_difference:reference_from_raw",
         CPU: "fewstep_cuda.cpu.score_difference:launch_from_raw",
+        TRITON: "fewstep_cuda.triton.score_difference:launch_from_raw",
     },
     "score_difference_two": {
         REFERENCE: "fewstep_cuda.score_difference_two:reference",
@@ -53,6 +55,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "tangent_normalise": {
         REFERENCE: "fewstep_cuda.tangent_normalise:reference",
         CPU: "fewstep_cuda.cpu.score_difference:launch_normalise",
+        TRITON: "fewstep_cuda.triton.score_difference:launch_normalise",
     },
 }
 """Operator -> backend -> module:function.  A kernel is one file in `fewstep_cuda/<backend>/` and one line here.
