@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep_cuda import dispatch
-from fewstep_cuda.checks import check, check_floor, like, together, wide
+from fewstep_cuda.contract import check, check_floor, like, opaque, together, wide
 
 Kind = Literal["x0", "eps", "v", "flow"]
 """What the networks predict, with x_t = alpha x0 + sigma eps, v = alpha eps - sigma x0, flow = eps - x0."""
@@ -23,8 +23,7 @@ class ScoreDifference(NamedTuple):
     value: Tensor  # [], 0.5 mean(g^2)
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@opaque
 def score_difference(
     x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor: float = 1e-5, backend: str | None = None
 ) -> ScoreDifference:
@@ -43,8 +42,7 @@ def score_difference(
     return dispatch.kernel("score_difference", list(inputs.values()), backend)(x, real_x0, fake_x0, floor)
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@opaque
 def score_difference_from_raw(
     x: Tensor,
     x_t: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep_cuda import dispatch
-from fewstep_cuda.checks import check, check_floor, like, together
+from fewstep_cuda.contract import check, check_floor, like, opaque, together
 from fewstep_cuda.score_difference import normaliser
 
 
@@ -20,8 +20,7 @@ class TwoDifferences(NamedTuple):
     value: Tensor  # [2], 0.5 mean(g^2) of dm and of ca, each alone
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@opaque
 def score_difference_two(
     x: Tensor,
     dm: tuple[Tensor, Tensor],

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fewstep_cuda import dispatch
-from fewstep_cuda.checks import check, check_floor, like, together
+from fewstep_cuda.contract import check, check_floor, like, opaque, together
 from fewstep_cuda.score_difference import normaliser
 
 
@@ -22,8 +21,7 @@ class ScoreIdentity(NamedTuple):
     grad_fake: Tensor  # [B, ...], dL/dfake_x0
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@opaque
 def score_identity(
     x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, alpha: float, floor: float = 1e-5, backend: str | None = None
 ) -> ScoreIdentity:

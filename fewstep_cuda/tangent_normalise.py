@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from fewstep_cuda import dispatch
-from fewstep_cuda.checks import check, check_positive, like, wide
+from fewstep_cuda.contract import check, check_positive, like, opaque, wide
 
 Norm = Literal["sum", "mean"]
 """|g|: the root of the sum of squares (the paper's), or of their mean."""
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@opaque
 def tangent_normalise(
     g: Tensor, c: float = 0.1, *, norm: Norm = "sum", backend: str | None = None
 ) -> tuple[Tensor, Tensor]:

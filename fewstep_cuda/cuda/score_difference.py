@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep_cuda.checks import together
+from fewstep_cuda.contract import together
 from fewstep_cuda.cuda.build import library
 from fewstep_cuda.score_difference import ScoreDifference, split
 from fewstep_cuda.tangent_normalise import Norm
