@@ -20,13 +20,15 @@ def opaque(operator: Operator) -> Operator:
 def check(operator: str, inputs: Mapping[str, Tensor]) -> None:
     """Raise unless the inputs are floats [B, ...] of one non-empty shape and device that carry no tangents."""
     first = next(iter(inputs.values()))
-    if any(tensor.shape != first.shape for tensor in inputs.values()) or first.ndim < 2 or first.numel() == 0:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-        raise ValueError(f"{operator} needs equal, non-empty shapes [B, ...], got {shapes}")
-    if not all(tensor.is_floating_point() and tensor.device == first.device for tensor in inputs.values()):
-        found = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in inputs.items())
-        raise ValueError(f"{operator} needs floats on one device, got {found}")
+    shape, device = first.shape, first.device
+    # One loop and no generators: this is a fifth of a small call's time.
     for name, tensor in inputs.items():
+        if tensor.shape != shape or len(shape) < 2 or not first.numel():
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+            raise ValueError(f"{operator} needs equal, non-empty shapes [B, ...], got {shapes}")
+        if not tensor.is_floating_point() or tensor.device != device:
+            found = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in inputs.items())
+            raise ValueError(f"{operator} needs floats on one device, got {found}")
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(f"{operator} is a gradient by definition and has no tangent; {name} carries one")
 

@@ -74,8 +74,11 @@ def score_difference_from_raw(
         raise ValueError(f"kind {kind!r} is not known; allowed: {', '.join(get_args(Kind))}")
     if (uncond is None) != (guidance == 1):
         raise ValueError(f"uncond is for guidance other than 1, and needed then; guidance is {guidance}")
-    if alpha.shape != (len(x),) or sigma.shape != (len(x),):
-        raise ValueError(f"alpha and sigma must be [B] = [{len(x)}], got {list(alpha.shape)} and {list(sigma.shape)}")
+    batch = x.shape[:1]
+    if alpha.shape != batch or sigma.shape != batch:
+        raise ValueError(
+            f"alpha and sigma must be [B] = {list(batch)}, got {list(alpha.shape)} and {list(sigma.shape)}"
+        )
     run = dispatch.kernel("score_difference_from_raw", list(inputs.values()), backend)
     return run(x, x_t, fake, cond, uncond, *to_x0(kind, alpha, sigma), guidance, floor)
 

@@ -70,7 +70,7 @@ def launch_two(
 def launch_identity(x: Tensor, real_x0: Tensor, fake_x0: Tensor, alpha: float, floor: float) -> ScoreIdentity:
     """`score_identity`."""
     inputs = _contiguous(x, real_x0, fake_x0)
-    answer = ScoreIdentity(x.new_empty(()), x.new_empty(len(x)), *(_empty(x) for _ in range(3)))
+    answer = ScoreIdentity(x.new_empty(()), x.new_empty(x.shape[0]), *(_empty(x) for _ in range(3)))
     given = [*_pointers(*inputs), alpha, *_pointers(*answer)]
     _function("fs_score_identity")(*given, *_sizes(x), floor, *_scales(x))
     return answer
@@ -101,7 +101,7 @@ def _empty(x: Tensor) -> Tensor:
 
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad, weight, value."""
-    return _empty(x), x.new_empty(len(x)), x.new_empty(())
+    return _empty(x), x.new_empty(x.shape[0]), x.new_empty(())
 
 
 def _pointers(*tensors: Tensor) -> list[int]:
@@ -109,7 +109,8 @@ def _pointers(*tensors: Tensor) -> list[int]:
 
 
 def _sizes(x: Tensor) -> tuple[int, int]:
-    return len(x), x.numel() // len(x)
+    batch = x.shape[0]  # len(x) is a Python function of torch's
+    return batch, x.numel() // batch
 
 
 def _scales(x: Tensor) -> tuple[float, float, int]:
