@@ -204,13 +204,15 @@ def export(
 def show(
     what: Annotated[
         str,
-        typer.Argument(metavar="teachers|methods|runs|NAME", help="What to list, or a method's name for all about it."),
+        typer.Argument(
+            metavar="teachers|methods|runs|kernels|NAME", help="What to list, or a method's name for all about it."
+        ),
     ] = "methods",
     name: Annotated[str | None, typer.Argument(help="After `methods`: a method's name.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     plugin: flags.Plugin = None,
 ) -> None:
-    """List teachers, methods or runs; with a method's name, its paper, needs and settings, and their sources."""
+    """List teachers, methods, runs or kernels; with a method's name, its paper, needs, settings and their sources."""
     with border():
         if name is not None and what != "methods":
             raise ValueError(

@@ -1,8 +1,9 @@
-"""What `fewstep list` shows: teachers, methods with their settings, and the runs of a folder.  No torch here."""
+"""What `fewstep list` shows: teachers, methods with their settings, runs, kernels.  No torch here but for kernels."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ NEEDS = {
 
 
 def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
-    """The table of teachers, methods, runs (those in the folder `runs`), or what one method is and its settings.
+    """The table of teachers, methods, runs (those in the folder `runs`), kernels, or one method and its settings.
 
     plugins: some were loaded, so that the registries know more than the index made at build time.
     Raises LookupError for anything else.
@@ -37,11 +38,15 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
         return _table("method", "what it is", rows=[(k, v["summary"]) for k, v in methods.items()])
     if what == "runs":
         return _table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs)))
+    if what == "kernels":
+        return Group(*_kernels())
     if name in methods:
         fields = [(f["name"], f["type"], f["default"], f["note"]) for f in methods[name]["fields"]]
         settings = _table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields)
         return Group(*_about(name, methods[name]), settings)
-    raise LookupError(f"nothing called {what!r} to list; allowed: teachers, methods, runs, {', '.join(methods)}")
+    raise LookupError(
+        f"nothing called {what!r} to list; allowed: teachers, methods, runs, kernels, {', '.join(methods)}"
+    )
 
 
 def _about(name: str, method: dict[str, Any]) -> Iterator[str]:
@@ -55,6 +60,22 @@ def _about(name: str, method: dict[str, Any]) -> Iterator[str]:
     phases = f", in {method['stages']} stages" if method["stages"] > 1 else ""
     yield f"trains  {', '.join(method['trains']).replace('_', ' ')}{phases}"
     yield f"reads   {', '.join(['prompts', *(NEEDS[need] for need in method['needs'])])}"
+
+
+def _kernels() -> Iterator[Table | str]:
+    """Which backends of the fused operators run here, and which operators each has."""
+    from fewstep_cuda import backends, operators  # imports torch, which no other list needs
+
+    states = backends()
+    yield _table("backend", "here", rows=[(name, escape(state)) for name, state in states.items()])
+    cells = [
+        (operator, *("yes" if name in found else "" for name in states)) for operator, found in operators().items()
+    ]
+    yield _table("operator", *states, rows=cells)
+    asked = os.environ.get("FEWSTEP_KERNELS")
+    yield escape(
+        f"FEWSTEP_KERNELS={asked} decides" if asked else "The fastest that can is taken; FEWSTEP_KERNELS names another."
+    )
 
 
 def _index(plugins: bool) -> dict[str, Any]:

@@ -3,5 +3,18 @@
 from fewstep_cuda.attention_jvp import attention, attention_jvp
 from fewstep_cuda.dispatch import backends, operators
 from fewstep_cuda.score_difference import score_difference, score_difference_from_raw
+from fewstep_cuda.score_difference_two import score_difference_two
+from fewstep_cuda.score_identity import score_identity
+from fewstep_cuda.tangent_normalise import tangent_normalise
 
-__all__ = ["attention", "attention_jvp", "backends", "operators", "score_difference", "score_difference_from_raw"]
+__all__ = [
+    "attention",
+    "attention_jvp",
+    "backends",
+    "operators",
+    "score_difference",
+    "score_difference_from_raw",
+    "score_difference_two",
+    "score_identity",
+    "tangent_normalise",
+]

@@ -31,6 +31,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...] | None] = {
 """What a backend takes; None = every float."""
 DEVICES = {CPU: "cpu", TRITON: "cuda", CUDA: "cuda"}
 """Where a backend runs; those not named run anywhere, and Triton's interpreter on the CPU."""
+COMPILED = (CPU, CUDA)
+"""Backends with sources that a compiler of this machine must make first."""
 ORDER = {"cuda": (CUDA, TRITON, CHUNKED, REFERENCE), "cpu": (CPU, CHUNKED, REFERENCE)}
 """What `auto` tries, by the inputs' device; on others, the reference."""
 KERNELS: dict[str, dict[str, str]] = {
@@ -42,8 +44,32 @@ KERNELS: dict[str, dict[str, str]] = {
         REFERENCE: "fewstep_cuda.attention_jvp:reference_backward",
         CHUNKED: "fewstep_cuda.attention_chunked:chunked_backward",
     },
-    "score_difference": {REFERENCE: "fewstep_cuda.score_difference:reference"},
-    "score_difference_from_raw": {REFERENCE: "fewstep_cuda.score_difference:reference_from_raw"},
+    "score_difference": {
+        REFERENCE: "fewstep_cuda.score_difference:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch",
+        TRITON: "fewstep_cuda.triton.score_difference:launch",
+        CUDA: "fewstep_cuda.cuda.score_difference:launch",
+    },
+    "score_difference_from_raw": {
+        REFERENCE: "fewstep_cuda.score_difference:reference_from_raw",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_from_raw",
+        TRITON: "fewstep_cuda.triton.score_difference:launch_from_raw",
+        CUDA: "fewstep_cuda.cuda.score_difference:launch_from_raw",
+    },
+    "score_difference_two": {
+        REFERENCE: "fewstep_cuda.score_difference_two:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_two",
+    },
+    "score_identity": {
+        REFERENCE: "fewstep_cuda.score_identity:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_identity",
+    },
+    "tangent_normalise": {
+        REFERENCE: "fewstep_cuda.tangent_normalise:reference",
+        CPU: "fewstep_cuda.cpu.score_difference:launch_normalise",
+        TRITON: "fewstep_cuda.triton.score_difference:launch_normalise",
+        CUDA: "fewstep_cuda.cuda.score_difference:launch_normalise",
+    },
 }
 """Operator -> backend -> module:function.  A kernel is one file in `fewstep_cuda/<backend>/` and one line here.
 
@@ -104,12 +130,12 @@ def _refusal(operator: str, name: str, tensors: Sequence[Tensor]) -> str:
 
 
 def _missing(operator: str, name: str) -> str:
-    """What this machine lacks for a backend's kernel of an operator; "" if nothing.  Compiles C++ that is not yet."""
+    """What this machine lacks for a backend's kernel of an operator; "" if nothing.  Compiles what is not yet."""
     status = _status(name)
-    if status != "ok" or name != CPU:
+    if status != "ok" or name not in COMPILED:
         return "" if status == "ok" else status
     source = KERNELS[operator][name].partition(":")[0].rpartition(".")[2]
-    return _load("fewstep_cuda.cpu:failure")(source)
+    return _load(f"fewstep_cuda.{name}:failure")(source)
 
 
 def interpreted() -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fewstep_cuda import dispatch
+from fewstep_cuda.contract import check, check_floor, like, opaque, together, wide
 
 Kind = Literal["x0", "eps", "v", "flow"]
 """What the networks predict, with x_t = alpha x0 + sigma eps, v = alpha eps - sigma x0, flow = eps - x0."""
@@ -22,8 +23,7 @@ class ScoreDifference(NamedTuple):
     value: Tensor  # [], 0.5 mean(g^2)
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@opaque
 def score_difference(
     x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor: float = 1e-5, backend: str | None = None
 ) -> ScoreDifference:
@@ -37,12 +37,12 @@ def score_difference(
     Raises ValueError for wrong shapes, dtypes or backends, RuntimeError under forward-mode AD.
     """
     inputs = {"x": x, "real_x0": real_x0, "fake_x0": fake_x0}
-    _check("score_difference", inputs, floor)
+    check("score_difference", inputs)
+    check_floor(floor)
     return dispatch.kernel("score_difference", list(inputs.values()), backend)(x, real_x0, fake_x0, floor)
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@opaque
 def score_difference_from_raw(
     x: Tensor,
     x_t: Tensor,
@@ -68,32 +68,36 @@ def score_difference_from_raw(
     guidance is 1.  alpha, sigma: [B] at the level of x_t.  Raises as `score_difference`.
     """
     inputs = {"x": x, "x_t": x_t, "fake": fake, "cond": cond} | ({} if uncond is None else {"uncond": uncond})
-    _check("score_difference_from_raw", inputs, floor)
+    check("score_difference_from_raw", inputs)
+    check_floor(floor)
     if kind not in get_args(Kind):
         raise ValueError(f"kind {kind!r} is not known; allowed: {', '.join(get_args(Kind))}")
     if (uncond is None) != (guidance == 1):
         raise ValueError(f"uncond is for guidance other than 1, and needed then; guidance is {guidance}")
-    if alpha.shape != (len(x),) or sigma.shape != (len(x),):
-        raise ValueError(f"alpha and sigma must be [B] = [{len(x)}], got {list(alpha.shape)} and {list(sigma.shape)}")
+    batch = x.shape[:1]
+    if alpha.shape != batch or sigma.shape != batch:
+        raise ValueError(
+            f"alpha and sigma must be [B] = {list(batch)}, got {list(alpha.shape)} and {list(sigma.shape)}"
+        )
     run = dispatch.kernel("score_difference_from_raw", list(inputs.values()), backend)
     return run(x, x_t, fake, cond, uncond, *to_x0(kind, alpha, sigma), guidance, floor)
 
 
 def to_x0(kind: Kind, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """p and q of x0 = p x_t + q raw, [B] in alpha's dtype, float32 at least."""
-    alpha, sigma = _wide(alpha), _wide(sigma)
+    alpha, sigma = wide(alpha), wide(sigma)
     if kind == "x0":
         return torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "eps":
-        return 1 / alpha, -sigma / alpha
+        return alpha.reciprocal(), sigma / -alpha
     scale = alpha + sigma if kind == "flow" else alpha.square() + sigma.square()
-    return (alpha if kind == "v" else 1.0) / scale, -sigma / scale
+    return alpha / scale if kind == "v" else scale.reciprocal(), sigma / -scale
 
 
 def reference(x: Tensor, real_x0: Tensor, fake_x0: Tensor, floor: float) -> ScoreDifference:
     """The specification of `score_difference`, in plain torch."""
     # The real and fake predictions agree to about 1e-3, bf16 keeps 8 bits, and this difference is the whole signal.
-    x, real_x0, fake_x0 = _together(x, real_x0, fake_x0)
+    x, real_x0, fake_x0 = together(x, real_x0, fake_x0)
     return _scaled(x - real_x0, fake_x0 - real_x0, floor)
 
 
@@ -109,46 +113,33 @@ def reference_from_raw(
     floor: float,
 ) -> ScoreDifference:
     """The specification of `score_difference_from_raw`.  p, q: [B], of x0 = p x_t + q raw."""
-    x, x_t, fake, real = _together(x, x_t, fake, cond)
+    x, x_t, fake, real = together(x, x_t, fake, cond)
     if uncond is not None:
         uncond = uncond.to(real)
         real = uncond + guidance * (real - uncond)
-    p, q = (c.to(x).view(-1, *[1] * (x.ndim - 1)) for c in (p, q))
+    p, q = (like(c.to(x), x) for c in (p, q))
     # Where p is 0 x_t takes no part, and what is not finite in it must not.
     behind = x - q * real - torch.where(p == 0, 0.0, p * x_t)
     return _scaled(behind, q * (fake - real), floor)
 
 
+def normaliser(behind: Tensor, floor: float) -> Tensor:
+    """mean |behind| of each sample, at least floor; [B].  behind: [B, ...]."""
+    n = behind.abs().flatten(1).mean(1).clamp_min(floor)
+    return n + 0 * n  # infinite -> NaN: dividing by infinity would make the gradient a silent zero
+
+
+def split(numel: int) -> tuple[float, float]:
+    """numel as share / power, 1 <= share < 2 and power a power of two.
+
+    A kernel multiplies by 1 / (n share) and then, exactly, by power: neither leaves float32 before the gradient does.
+    """
+    mantissa, exponent = math.frexp(numel)
+    return 2 * mantissa, 2.0 ** (1 - exponent)
+
+
 def _scaled(behind: Tensor, gap: Tensor, floor: float) -> ScoreDifference:
     """behind: x - real; gap: fake - real; both [B, ...]."""
-    n = behind.abs().flatten(1).mean(1).clamp_min(floor)
-    n = n + 0 * n  # infinite -> NaN: dividing by infinity would make g a silent zero
-    g = gap / n.view(-1, *[1] * (gap.ndim - 1))
+    n = normaliser(behind, floor)
+    g = gap / like(n, gap)
     return ScoreDifference(g / gap.numel(), 1 / n, 0.5 * g.square().mean())
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _together(*tensors: Tensor) -> list[Tensor]:
-    """All in the widest of their dtypes, float32 at least."""
-    wide = torch.float32
-    for tensor in tensors:
-        wide = torch.promote_types(wide, tensor.dtype)
-    return [tensor.to(wide) for tensor in tensors]
-
-
-def _check(operator: str, inputs: dict[str, Tensor], floor: float) -> None:
-    x = inputs["x"]
-    if any(tensor.shape != x.shape for tensor in inputs.values()) or x.ndim < 2 or x.numel() == 0:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-        raise ValueError(f"{operator} needs equal, non-empty shapes [B, ...], got {shapes}")
-    if not all(tensor.is_floating_point() and tensor.device == x.device for tensor in inputs.values()):
-        found = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in inputs.items())
-        raise ValueError(f"{operator} needs floats on one device, got {found}")
-    if not floor > 0:
-        raise ValueError(f"floor must be positive, got {floor}: a sample that equals real_x0 would divide by zero")
-    for name, tensor in inputs.items():
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{operator} is a gradient by definition and has no tangent; {name} carries one")

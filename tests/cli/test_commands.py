@@ -251,6 +251,17 @@ def test_demo_draws_teacher_untrained_and_student(toy_run, tmp_path):
     assert Image.open(run / "grid.png").width > 3 * 256
 
 
+def test_list_kernels_shows_each_backends_state_and_what_it_has(shell):
+    """Mutation: a backend that cannot run shown as if it could."""
+    done = shell("list", "kernels", COLUMNS="160", CXX="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    rows = {cells[1].strip(): cells[2:-1] for line in done.stdout.splitlines() if len(cells := line.split("│")) > 3}
+    assert rows["reference"][0].strip() == "ok" and "no C++ compiler" in rows["cpu"][0]
+    has = [cell.strip() for cell in rows["score_difference"]]
+    assert has == ["yes", "", "yes", "yes", "yes"]  # reference, chunked, cpu, triton, cuda
+    assert "FEWSTEP_KERNELS" in done.stdout
+
+
 def test_listing_needs_no_torch():
     """Fails if the command line, or anything that it imports, imports torch."""
     code = """

@@ -14,6 +14,9 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a block may take."""
 
 
+TABLE = Path(__file__).resolve().parents[2] / "fewstep_cuda" / "triton" / "RESOURCES.md"
+
+
 class Resources(NamedTuple):
     """Registers of a thread, bytes that it spills, bytes of shared memory of a block."""
 
@@ -45,3 +48,21 @@ def resources(
         told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
     return Resources(found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared)
+
+
+def check(name: str, inputs: str, found: Mapping[int, Resources]) -> None:
+    """Fail for a spill or too much shared memory, and where the table of RESOURCES.md says otherwise.
+
+    name, inputs: the first two cells of the kernel's row.  found: by architecture.  Counts are the compiler's: another
+    Triton than the table's is held to the limits alone.
+    """
+    import triton
+
+    for architecture, taken in found.items():
+        assert not taken.spilled, f"{name} {inputs} spills {taken.spilled} bytes on sm_{architecture}"
+        assert taken.shared <= SHARED[architecture], f"{name} {inputs}: {taken.shared} bytes shared, sm_{architecture}"
+    text = TABLE.read_text(encoding="utf-8")
+    cells = [name, inputs, *(f"{found[a].registers} / {found[a].shared}" for a in ARCHITECTURES)]
+    row = f"| {' | '.join(cells)} |"
+    if f"triton {triton.__version__}" in text:
+        assert row in text.splitlines(), f"not in {TABLE.name}: {row}"
