@@ -19,7 +19,7 @@ OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clock demo test test-all oracles mutants compare golden check format smoke index teachers clean
+.PHONY: help setup clock demo test test-all oracles mutants compare bench golden check format smoke index teachers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -37,6 +37,8 @@ mutants: setup  ## put known bugs in, one by one, and see that a test catches ea
 	$(PY) -m tests.mutants $(ARGS)
 compare: setup  ## every method on the embedded teachers, 20 minutes each (ARGS=NAME for some; hours in all)
 	$(PY) -m eval.compare_methods $(ARGS)
+bench: setup  ## the fused operators beside plain torch and torch.compile (ARGS=NAME for some)
+	$(PY) -m eval.bench_ops $(ARGS)
 golden: setup  ## record the methods' trajectories again: make golden REASON="why the numbers change" [ARGS=METHOD]
 	$(PY) -m tests.golden.trajectories "$(REASON)" $(ARGS)
 check: setup  ## formatting, lint, types, import rules

@@ -48,6 +48,13 @@ def test_wheel_holds_every_module(site):
         assert relative(site / package, "*.py") == relative(ROOT / package, "*.py")
 
 
+@pytest.mark.parametrize("pattern", ["*.cpp", "*.h", "*.cu"])
+def test_wheel_holds_the_sources_of_the_kernels(site, pattern):
+    """They are compiled on first use. Mutation: a kind of file that is not package data."""
+    sources = relative(ROOT / "fewstep_cuda", pattern)
+    assert sources and relative(site / "fewstep_cuda", pattern) == sources
+
+
 def test_wheel_holds_the_recipes(site):
     """Mutation: configs/ not mapped to fewstep/configs."""
     recipes = relative(ROOT / "configs", "*.yaml")
