@@ -188,6 +188,21 @@ def test_a_large_mean_costs_no_more_than_in_torch(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["adaln", "adaln-plain", "heads-layer", "group"])
+@pytest.mark.parametrize("moved", [0, 1], ids=["value", "tangent"])
+def test_first_entries_that_say_nothing_of_the_rest(name, moved, backend):
+    """Mutation: one pass about the mean of the first entries, without a second where that is far from the row's."""
+    case = Case(name, backend=backend, sizes=(2, 3, 200))
+    far = (case.inputs, case.tangents)[moved]
+    far[0] = far[0] + 1000 * (torch.arange(far[0].numel()).view(far[0].shape) % 200 >= 64)
+    near = (case.inputs, case.tangents)[1 - moved]
+    near[0][..., :100] += 1000
+    plain = torch.func.jvp(case.plain, tuple(case.inputs), tuple(case.tangents))
+    for mine, theirs, true in zip(case.openly(case.inputs, case.tangents), plain, case.truth()):
+        assert error(mine, true) <= max(2 * error(theirs, true), 5e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["adaln", "heads-layer", "group-time"])
 def test_a_row_without_variance(name, backend):
     """xhat is 0, and its derivative (tx - mean tx) / sqrt(eps): finite. Mutation: no eps."""
