@@ -36,12 +36,25 @@ ORDER = {"cuda": (CUDA, TRITON, CHUNKED, REFERENCE), "cpu": (CPU, CHUNKED, REFER
 KERNELS: dict[str, dict[str, str]] = {
     "score_difference": {REFERENCE: "fewstep_cuda.score_difference:reference"},
     "score_difference_from_raw": {REFERENCE: "fewstep_cuda.score_difference:reference_from_raw"},
-    "adaln": {REFERENCE: "fewstep_cuda.norm_jvp:reference", CPU: "fewstep_cuda.cpu.norm_jvp:adaln"},
-    "qk_norm_rope": {REFERENCE: "fewstep_cuda.norm_jvp:reference", CPU: "fewstep_cuda.cpu.norm_jvp:qk_norm_rope"},
-    "group_norm_silu": {REFERENCE: "fewstep_cuda.norm_jvp:reference", CPU: "fewstep_cuda.cpu.norm_jvp:group_norm_silu"},
+    "adaln": {
+        REFERENCE: "fewstep_cuda.norm_jvp:reference",
+        CPU: "fewstep_cuda.cpu.norm_jvp:adaln",
+        TRITON: "fewstep_cuda.triton.norm_jvp:adaln",
+    },
+    "qk_norm_rope": {
+        REFERENCE: "fewstep_cuda.norm_jvp:reference",
+        CPU: "fewstep_cuda.cpu.norm_jvp:qk_norm_rope",
+        TRITON: "fewstep_cuda.triton.norm_jvp:qk_norm_rope",
+    },
+    "group_norm_silu": {
+        REFERENCE: "fewstep_cuda.norm_jvp:reference",
+        CPU: "fewstep_cuda.cpu.norm_jvp:group_norm_silu",
+        TRITON: "fewstep_cuda.triton.norm_jvp:group_norm_silu",
+    },
     "gated_residual": {
         REFERENCE: "fewstep_cuda.norm_jvp:gated_reference",
         CPU: "fewstep_cuda.cpu.norm_jvp:gated_residual",
+        TRITON: "fewstep_cuda.triton.norm_jvp:gated_residual",
     },
 }
 """Operator -> backend -> module:function.  A kernel is one file in `fewstep_cuda/<backend>/` and one line here.
