@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -28,11 +28,18 @@ Layout = Literal["interleaved", "half"]
 
 diffusers: use_real_unbind_dim -1 (Flux, Wan) and -2 (CogView, Stable Audio, Lumina).
 """
+Called = TypeVar("Called", bound=Callable[..., Any])
 Tensors = Sequence[Any]
 """Tensors, and None for those that are left out."""
 
 
-@torch.compiler.disable
+def _eager(function: Called) -> Called:
+    """Not traced by torch.compile: it drops the jvp of an autograd.Function, and the tangent would be zero."""
+    disable: Any = torch.compiler.disable
+    return disable(function)
+
+
+@_eager
 def adaln(
     x: Tensor,
     scale: Tensor | None = None,
@@ -48,13 +55,13 @@ def adaln(
 
     x: [B, ..., C], any float.  scale, shift: [B, C] or [B, 1, C], B = 1 for one for all.  weight, bias: [C].
     Computed in float32 or better, returned in x's shape and dtype; every input may carry a tangent or a graph.
-    Under torch.compile it breaks the graph (fullgraph=True is refused): traced, its derivative would be zero.
+    Under torch.compile it breaks the graph; fullgraph=True is refused.
     """
     op, primals = _adaln(x, scale, shift, weight, bias, norm, eps, backend)
     return _differentiable(op, primals).view(x.shape)
 
 
-@torch.compiler.disable
+@_eager
 def adaln_jvp(
     x: Tensor,
     scale: Tensor | None = None,
@@ -81,7 +88,7 @@ def adaln_jvp(
     return y.view(x.shape), None if ty is None else ty.view(x.shape)
 
 
-@torch.compiler.disable
+@_eager
 def qk_norm_rope(
     q: Tensor,
     cos: Tensor | None = None,
@@ -104,7 +111,7 @@ def qk_norm_rope(
     return _differentiable(*_qk(q, cos, sin, weight, bias, norm, layout, eps, backend))
 
 
-@torch.compiler.disable
+@_eager
 def qk_norm_rope_jvp(
     q: Tensor,
     cos: Tensor | None = None,
@@ -124,7 +131,7 @@ def qk_norm_rope_jvp(
     return _openly(op, primals, [tq, None, None])
 
 
-@torch.compiler.disable
+@_eager
 def group_norm_silu(
     x: Tensor,
     groups: int,
@@ -146,7 +153,7 @@ def group_norm_silu(
     return _differentiable(op, primals).view(x.shape)
 
 
-@torch.compiler.disable
+@_eager
 def group_norm_silu_jvp(
     x: Tensor,
     groups: int,
@@ -173,7 +180,7 @@ def group_norm_silu_jvp(
     return y.view(x.shape), None if ty is None else ty.view(x.shape)
 
 
-@torch.compiler.disable
+@_eager
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
     """x + gate y.
 
@@ -184,7 +191,7 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor, *, backend: str | None = 
     return _differentiable(op, primals).view(x.shape)
 
 
-@torch.compiler.disable
+@_eager
 def gated_residual_jvp(
     x: Tensor,
     gate: Tensor,

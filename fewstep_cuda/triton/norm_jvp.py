@@ -196,11 +196,11 @@ def adaln(
     x, a, c, tx, ta, tc = _dense(x, a, c, tx, ta, tc)
     y, ty = _outputs(x, tx)
     block, dual = triton.next_power_of_2(size), tx is not None
-    with _on(x):
-        adaln_kernel[(batch * length,)](
-            x, a, c, *(_or(t, x) for t in (tx, ta, tc)), y, _or(ty, y), length, size, *_steps(a, c, ta, tc),
-            form.eps, BLOCK=block, CENTRED=form.centred, DUAL=dual, num_warps=warps(block),
-        )  # fmt: skip
+    _launch(
+        adaln_kernel, batch * length, x,
+        x, a, c, *(_or(t, x) for t in (tx, ta, tc)), y, _or(ty, y), length, size, *_steps(a, c, ta, tc),
+        form.eps, BLOCK=block, CENTRED=form.centred, DUAL=dual, num_warps=warps(block),
+    )  # fmt: skip
     return y, ty
 
 
@@ -215,12 +215,12 @@ def qk_norm_rope(
     y, ty = _outputs(x, tx)
     block, dual = triton.next_power_of_2(size), tx is not None
     rows, total = HEADS // block, batch * heads * length
-    with _on(x):
-        heads_kernel[(triton.cdiv(total, rows),)](
-            x, a, c, *(_or(t, x) for t in (tx, ta, tc, cos, sin)), y, _or(ty, y), total, heads, length, size,
-            *x.stride(), *_or(tx, x).stride(), *y.stride(), form.eps, ROWS=rows, BLOCK=block, CENTRED=form.centred,
-            DUAL=dual, TURN=cos is not None, INTERLEAVED=form.interleaved, num_warps=4,
-        )  # fmt: skip
+    _launch(
+        heads_kernel, triton.cdiv(total, rows), x,
+        x, a, c, *(_or(t, x) for t in (tx, ta, tc, cos, sin)), y, _or(ty, y), total, heads, length, size,
+        *x.stride(), *_or(tx, x).stride(), *y.stride(), form.eps, ROWS=rows, BLOCK=block, CENTRED=form.centred,
+        DUAL=dual, TURN=cos is not None, INTERLEAVED=form.interleaved, num_warps=4,
+    )  # fmt: skip
     return y, ty
 
 
@@ -232,11 +232,11 @@ def group_norm_silu(
     x, a, c, tx, ta, tc = _dense(x, a, c, tx, ta, tc)
     y, ty = _outputs(x, tx)
     block = min(CHUNK, triton.next_power_of_2(channels * space))
-    with _on(x):
-        group_kernel[(batch * groups,)](
-            x, a, c, *(_or(t, x) for t in (tx, ta, tc)), y, _or(ty, y), groups, channels, space,
-            *_steps(a, c, ta, tc), form.eps, BLOCK=block, DUAL=tx is not None, SILU=form.silu, num_warps=8,
-        )  # fmt: skip
+    _launch(
+        group_kernel, batch * groups, x,
+        x, a, c, *(_or(t, x) for t in (tx, ta, tc)), y, _or(ty, y), groups, channels, space,
+        *_steps(a, c, ta, tc), form.eps, BLOCK=block, DUAL=tx is not None, SILU=form.silu, num_warps=8,
+    )  # fmt: skip
     return y, ty
 
 
@@ -244,11 +244,11 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor, tx: Any, tgate: Any, ty: 
     """x + gate y."""
     x, gate, y, tx, tgate, ty = _dense(x, gate, y, tx, tgate, ty)
     out, tout = _outputs(x, tx)
-    with _on(x):
-        gated_kernel[(triton.cdiv(x.numel(), 1024),)](
-            x, gate, y, *(_or(t, x) for t in (tx, tgate, ty)), out, _or(tout, out), x.numel(), *x.shape[1:],
-            *_steps(gate, tgate), BLOCK=1024, DUAL=tx is not None, num_warps=4,
-        )  # fmt: skip
+    _launch(
+        gated_kernel, triton.cdiv(x.numel(), 1024), x,
+        x, gate, y, *(_or(t, x) for t in (tx, tgate, ty)), out, _or(tout, out), x.numel(), *x.shape[1:],
+        *_steps(gate, tgate), BLOCK=1024, DUAL=tx is not None, num_warps=4,
+    )  # fmt: skip
     return out, tout
 
 
@@ -262,9 +262,10 @@ def _or(tensor: Any, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def _on(x: Tensor) -> Any:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
+    """Where x is: Triton itself takes the current device."""
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **options)
 
 
 def _dense(*tensors: Any) -> list[Any]:

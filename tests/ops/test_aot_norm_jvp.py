@@ -29,7 +29,24 @@ def variants():
             signature = outer | {"Y": x, "TY": x, "length": "i32", "size": "i32"} | steps
             constants = {"BLOCK": block, "CENTRED": True, "DUAL": True}
             found[f"adaln-{block}-{dtype}"] = (kernels.adaln_kernel, signature, constants, kernels.warps(block))
-        names = "rows heads length size xb xh xn xd tb th tn td yb yh yn yd".split()
+        names = [
+            "rows",
+            "heads",
+            "length",
+            "size",
+            "xb",
+            "xh",
+            "xn",
+            "xd",
+            "tb",
+            "th",
+            "tn",
+            "td",
+            "yb",
+            "yh",
+            "yn",
+            "yd",
+        ]
         signature = outer | {"COS": wide, "SIN": wide, "Y": x, "TY": x} | dict.fromkeys(names, "i32") | {"eps": "fp32"}
         for block in (64, 128):
             for interleaved in (True, False):
