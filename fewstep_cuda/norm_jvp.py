@@ -400,10 +400,12 @@ def _openly(op: Norm | Gated, primals: Tensors, tangents: Tensors) -> tuple[Tens
     """y and ty.  tangents: of the first three primals, None = constant."""
     if all(tangent is None for tangent in tangents):
         return _Primal.apply(op, *primals), None
-    full = []
-    for primal, tangent in zip(primals, tangents):
-        full.append(torch.zeros_like(primal) if tangent is None else tangent.to(primal.dtype))
-    return _Dual.apply(op, *primals, *full)
+    return _Dual.apply(op, *primals, *_filled(primals, tangents))
+
+
+def _filled(primals: Tensors, tangents: Tensors) -> list[Tensor]:
+    """Tangents of the first three primals, in their dtypes, zeros for constants."""
+    return [torch.zeros_like(p) if t is None else t.to(p.dtype) for p, t in zip(primals, tangents)]
 
 
 def _differentiable(op: Norm | Gated, primals: Tensors) -> Tensor:
@@ -414,9 +416,16 @@ def _differentiable(op: Norm | Gated, primals: Tensors) -> Tensor:
         parts = [None if p is None else forward_ad.unpack_dual(p) for p in primals]
         tangents = [None if p is None else p.tangent for p in parts[:3]]
         if any(tangent is not None for tangent in tangents):
-            y, ty = _openly(op, [None if p is None else p.primal for p in parts], tangents)
-            return forward_ad.make_dual(y, ty)
+            plain = [None if p is None else p.primal for p in parts]
+            # Nothing is left to differentiate outside functorch, and Function.apply takes as long as a small kernel.
+            run = _openly if torch._C._are_functorch_transforms_active() else _at_once
+            return forward_ad.make_dual(*run(op, plain, tangents))
     return _Primal.apply(op, *primals)
+
+
+def _at_once(op: Norm | Gated, primals: Tensors, tangents: Tensors) -> tuple[Any, Any]:
+    """`_openly` without a graph."""
+    return op.run(primals, _filled(primals, tangents))
 
 
 def _adaln(

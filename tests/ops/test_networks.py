@@ -251,6 +251,25 @@ def test_every_form_of_a_call(name):
     assert torch.equal(tx, before)
 
 
+@pytest.mark.parametrize("name", ["x c", "x / c", "x @ c", "linear", "conv", "layer_norm", "attention"])
+def test_forward_over_reverse(name):
+    """Tangents of gradients by the moving input and by weights. Mutation: _recorded is False (the weights' is lost)."""
+    torch.manual_seed(0)
+    x, tx, c = R(4, 6, 6, requires_grad=True), R(4, 6, 6), R(4, 6, 6).add_(3).requires_grad_()
+
+    def second():
+        moving = forward_ad.make_dual(x, tx)
+        grads = torch.autograd.grad(CALLS[name](moving, c).sin().sum(), (moving, c))
+        return [forward_ad.unpack_dual(g).tangent for g in grads]
+
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        wanted = second()
+        with FusedDuals(math_attention):
+            found = second()
+    assert all(t.any() for t in wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_in_attention_is_refused():
     x = R(1, 2, 3, 4)
     with FusedDuals(), pytest.raises(NotImplementedError, match=r"dropout_p=0\.1"):
