@@ -70,6 +70,26 @@ KERNELS: dict[str, dict[str, str]] = {
         TRITON: "fewstep_cuda.triton.score_difference:launch_normalise",
         CUDA: "fewstep_cuda.cuda.score_difference:launch_normalise",
     },
+    "adaln": {
+        REFERENCE: "fewstep_cuda.norm_jvp:reference",
+        CPU: "fewstep_cuda.cpu.norm_jvp:adaln",
+        TRITON: "fewstep_cuda.triton.norm_jvp:adaln",
+    },
+    "qk_norm_rope": {
+        REFERENCE: "fewstep_cuda.norm_jvp:reference",
+        CPU: "fewstep_cuda.cpu.norm_jvp:qk_norm_rope",
+        TRITON: "fewstep_cuda.triton.norm_jvp:qk_norm_rope",
+    },
+    "group_norm_silu": {
+        REFERENCE: "fewstep_cuda.norm_jvp:reference",
+        CPU: "fewstep_cuda.cpu.norm_jvp:group_norm_silu",
+        TRITON: "fewstep_cuda.triton.norm_jvp:group_norm_silu",
+    },
+    "gated_residual": {
+        REFERENCE: "fewstep_cuda.norm_jvp:gated_reference",
+        CPU: "fewstep_cuda.cpu.norm_jvp:gated_residual",
+        TRITON: "fewstep_cuda.triton.norm_jvp:gated_residual",
+    },
 }
 """Operator -> backend -> module:function.  A kernel is one file in `fewstep_cuda/<backend>/` and one line here.
 
