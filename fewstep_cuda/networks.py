@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fewstep_cuda.attention_jvp import attention as fused
@@ -73,14 +72,6 @@ class FusedDuals(TorchFunctionMode):
             found = answer(*args, **kwargs)
             return func(*args, **kwargs) if found is None else found
         return func(*args, **kwargs)
-
-
-def math_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
-) -> Tensor:
-    """torch's attention on the only kernel that has a jvp; needs no operator of ours, and N M memory."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
 def _tangent(value: Any) -> Tensor | None:

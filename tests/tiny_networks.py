@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.tiny_pipeline import LATENTS, tiny_transformer, tiny_unet
+
 Made = tuple[Any, Callable[[Tensor, Tensor], Tensor], Tensor]
 BATCH, TEXT, WIDTH = 2, 7, 32
 
@@ -20,7 +22,7 @@ def made(name: str, **sizes: int) -> Made:
     torch.manual_seed(0)
     network, call, shape = FAMILIES[name](**sizes)
     for parameter in network.parameters():
-        if not parameter.any():
+        if not parameter.any():  # gates that are shut at first would hide what is behind them
             nn.init.normal_(parameter, std=0.02)
     return network.eval(), call, torch.randn(BATCH, *shape)
 
@@ -173,6 +175,19 @@ def dit() -> Any:
     return network, call, (4, 8, 8)
 
 
+def cogview4() -> Any:
+    """The family of fashion-dit; told the size of its pictures."""
+    network, text, size = tiny_transformer(), torch.randn(BATCH, TEXT, 16), torch.full((BATCH, 2), 4)
+    told = {"original_size": size, "target_size": size, "crop_coords": torch.zeros(BATCH, 2), "return_dict": False}
+    return network, lambda x, t: network(x, text, 1000 * t, **told)[0], LATENTS
+
+
+def unet() -> Any:
+    """The family of fashion-unet and Stable Diffusion."""
+    network, text = tiny_unet(), torch.randn(BATCH, TEXT, 16)
+    return network, lambda x, t: network(x, 1000 * t, text, return_dict=False)[0], LATENTS
+
+
 FAMILIES: dict[str, Callable[..., Any]] = {
     "sd3": sd3,
     "flux": flux,
@@ -180,4 +195,6 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "sana": sana,
     "pixart": pixart,
     "dit": dit,
+    "cogview4": cogview4,
+    "unet": unet,
 }

@@ -6,109 +6,23 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep_cuda.networks import FusedDuals, math_attention
+from fewstep_cuda.networks import FusedDuals
+from tests.tiny_networks import FAMILIES, made
 
 R = torch.randn
 
 
-def cogview4():
-    from tests.tiny_pipeline import tiny_transformer
-
-    net, text, size = tiny_transformer(), R(2, 3, 16), torch.full((2, 2), 4)
-
-    def call(x, t):
-        keep = {"original_size": size, "target_size": size, "crop_coords": torch.zeros(2, 2), "return_dict": False}
-        return net(x, text, 1000 * t, **keep)[0]
-
-    return net, call, (4, 4, 4)
+def math_attention(q, k, v, *, mask=None, causal=False, scale=None):
+    """torch's attention on the only kernel that has a jvp."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
-def unet():
-    from tests.tiny_pipeline import tiny_unet
-
-    net, text = tiny_unet(), R(2, 3, 16)
-    return net, lambda x, t: net(x, 1000 * t, text, return_dict=False)[0], (4, 4, 4)
-
-
-def sd3():
-    from diffusers import SD3Transformer2DModel
-
-    net = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-        caption_projection_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8, qk_norm="rms_norm",
-    )  # fmt: skip
-    text, pooled = R(2, 3, 16), R(2, 8)
-    return net, lambda x, t: net(x, text, pooled, 1000 * t, return_dict=False)[0], (4, 8, 8)
-
-
-def flux():
-    from diffusers import FluxTransformer2DModel
-
-    net = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    text, pooled, places, none = R(2, 3, 16), R(2, 8), R(6, 3), torch.zeros(3, 3)
-    return net, lambda x, t: net(x, text, pooled, t, img_ids=places, txt_ids=none, return_dict=False)[0], (6, 4)
-
-
-def wan():
-    from diffusers import WanTransformer3DModel
-
-    net = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-        ffn_dim=32, num_layers=2,
-    )  # fmt: skip
-    text = R(2, 3, 16)
-    return net, lambda x, t: net(x, 1000 * t, text, return_dict=False)[0], (4, 2, 4, 4)
-
-
-def pixart():
-    from diffusers import PixArtTransformer2DModel
-
-    net = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
-        cross_attention_dim=16, caption_channels=16, use_additional_conditions=False,
-    )  # fmt: skip
-    text, mask = R(2, 3, 16), torch.tensor([[1, 1, 1], [1, 0, 0]])
-    keep = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "return_dict": False}
-    return net, lambda x, t: net(x, text, 1000 * t, encoder_attention_mask=mask, **keep)[0], (4, 8, 8)
-
-
-def dit():
-    from diffusers import DiTTransformer2DModel
-
-    net = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=10,
-    )  # fmt: skip
-    return net, lambda x, t: net(x, 1000 * t, class_labels=torch.tensor([1, 2]), return_dict=False)[0], (4, 8, 8)
-
-
-def sana():
-    from diffusers import SanaTransformer2DModel
-
-    net = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
-        sample_size=8, patch_size=1,
-    )  # fmt: skip
-    text = R(2, 3, 16)
-    return net, lambda x, t: net(x, text, 1000 * t, return_dict=False)[0], (4, 8, 8)
-
-
-FAMILIES = (cogview4, unet, sd3, flux, wan, pixart, dit, sana)
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
+@pytest.fixture(params=FAMILIES)
 def network(request):
-    """module, f(x, t), x, t, tangents of x and t; nothing in it is zero, as untrained gates would be."""
-    torch.manual_seed(0)
-    net, call, shape = request.param()
-    with torch.no_grad():
-        for p in net.eval().parameters():
-            p.copy_(p + 0.1 * R(p.shape))
-    return net.requires_grad_(False), call, R(2, *shape), torch.tensor([0.31, 0.72]), R(2, *shape), torch.ones(2)
+    """module, f(x, t), x, t, tangents of x and t."""
+    net, call, x = made(request.param)
+    return net.requires_grad_(False), call, x, torch.tensor([0.31, 0.72]), R(x.shape), torch.ones(2)
 
 
 def dual(f, x, t, tx, tt):
@@ -128,7 +42,7 @@ def test_derivatives_are_torchs(network, which):
     tx, tt = None if which == "time" else tx, None if which == "state" else tt
     with sdpa_kernel(SDPBackend.MATH):
         wanted = dual(f, x, t, tx, tt)
-    with FusedDuals():
+    with FusedDuals(norms=True):
         found = dual(f, x, t, tx, tt)
     size = float(wanted.tangent.abs().max())
     assert size > 0
@@ -139,7 +53,7 @@ def test_derivatives_are_torchs(network, which):
 def test_derivatives_are_central_differences(network):
     """By each input, at its own step. Mutation: a tangent lost on torch's route and ours alike."""
     _, f, x, t, tx, tt = network
-    with FusedDuals():
+    with FusedDuals(norms=True):
         by_state, by_time = dual(f, x, t, tx, None).tangent, dual(f, x, t, None, tt).tangent
     for found, h, moved in ((by_state, 1e-2, (tx, 0)), (by_time, 1e-4, (0, tt))):
         ends = [f(x + sign * h * moved[0], t + sign * h * moved[1]) for sign in (1, -1)]
@@ -154,10 +68,10 @@ def test_func_jvp_inside_and_around(network):
         wanted = torch.func.jvp(f, (x, t), (tx, tt))[1]
 
     def inside(x, t):
-        with FusedDuals():
+        with FusedDuals(norms=True):
             return f(x, t)
 
-    with FusedDuals():
+    with FusedDuals(norms=True):
         around = torch.func.jvp(f, (x, t), (tx, tt))[1]
     for found in (around, torch.func.jvp(inside, (x, t), (tx, tt))[1]):
         assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
@@ -169,7 +83,7 @@ def test_gradients_of_value_beside_a_tangent(network):
     net.requires_grad_(True)
     parameters = [p for p in net.parameters()]
     wanted = torch.autograd.grad(f(x, t).square().sum(), parameters, allow_unused=True)
-    with FusedDuals():
+    with FusedDuals(norms=True):
         value = dual(f, x, t, tx, tt).primal
     found = torch.autograd.grad(value.square().sum(), parameters, allow_unused=True)
     size = max(float(g.abs().max()) for g in wanted if g is not None)
@@ -181,7 +95,7 @@ def test_gradients_of_value_beside_a_tangent(network):
 def test_plain_calls_and_checkpointing_are_untouched(network):
     """Bit for bit, with gradient checkpointing within it. Mutation: calls without tangents answered too."""
     net, f, x, t, *_ = network
-    with FusedDuals():
+    with FusedDuals(norms=True):
         assert torch.equal(f(x, t), f(x, t))
         inside = f(x, t)
     assert torch.equal(inside, f(x, t))
@@ -192,7 +106,7 @@ def test_plain_calls_and_checkpointing_are_untouched(network):
     torch.manual_seed(1)  # dropout of labels
     wanted = torch.autograd.grad(f(x, t).sum(), parameters, allow_unused=True)
     torch.manual_seed(1)
-    with FusedDuals():
+    with FusedDuals(norms=True):
         y = f(x, t)
     found = torch.autograd.grad(y.sum(), parameters, allow_unused=True)
     assert all(a is b or torch.equal(a, b) for a, b in zip(found, wanted))
@@ -272,5 +186,5 @@ def test_forward_over_reverse(name):
 
 def test_dropout_in_attention_is_refused():
     x = R(1, 2, 3, 4)
-    with FusedDuals(), pytest.raises(NotImplementedError, match=r"dropout_p=0\.1"):
+    with FusedDuals(norms=True), pytest.raises(NotImplementedError, match=r"dropout_p=0\.1"):
         torch.func.jvp(lambda q: F.scaled_dot_product_attention(q, x, x, dropout_p=0.1), (x,), (x,))
