@@ -33,8 +33,7 @@ def forward(
     samples, heads, n, d = q.shape
     groups, m, dv = v.shape[1:]
     # What the addresses in the job point to must live until the call is over: each is bound to a name here.
-    q, k, v, tq, tk, tv = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (q, k, v, tq, tk, tv))
-    assert q is not None and k is not None and v is not None
+    q, k, v, tq, tk, tv = _in_rows(q, k, v, tq, tk, tv)
     o, lse = _like(q, dv), q.new_empty(samples, heads, n)
     to, mu = (None, None) if tq is None and tk is None and tv is None else (_like(q, dv), torch.empty_like(lse))
     hidden = (0, 0, *NONE)
@@ -58,6 +57,10 @@ def _function() -> Any:
     function = library("attention_jvp").fewstep_attention_jvp
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_float, ctypes.c_int], ctypes.c_int
     return function
+
+
+def _in_rows(*tensors: Tensor | None) -> list[Any]:
+    return [x if x is None or x.stride(3) == 1 else x.contiguous() for x in tensors]
 
 
 def _operand(x: Tensor | None) -> tuple[int, ...]:
