@@ -39,7 +39,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             32: Tile(64, 64, 4, 2),
             64: Tile(64, 64, 4, 2),
             128: Tile(32, 32, 4, 2),
-            256: Tile(32, 32, 8, 1),
+            256: Tile(16, 32, 4, 1),
         },
         "float32": {
             16: Tile(32, 32, 8, 1),
