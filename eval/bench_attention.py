@@ -1,6 +1,7 @@
 """What attention with its tangent costs beside attention without: JSON lines, one a case.
 
-    python -m eval.bench_attention [--lengths 128 256 1024 4096] [--heads 8] [--size 64] [--seconds 4] [--memory]
+    python -m eval.bench_attention [--lengths 128 256 1024 4096] [--heads 8] [--size 64] [--seconds 4] [--cases sdpa cpu]
+        [--memory]
 
 Contenders take turns, so that a loaded machine is unfair to none; `best` is to be compared with `best`.  `memory` is
 what a process needs beyond what it held before the call, from the kernel's high-water mark; each case has its own.
@@ -130,11 +131,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing, for each length")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(usable()), help="sdpa is always one")
     parser.add_argument("--memory", action="store_true", help="extra peak memory, too")
     chosen = parser.parse_args()
     print(json.dumps(surroundings()), flush=True)
     for length in chosen.lengths:
-        cases, shape = usable(), (length, chosen.heads, chosen.size)
+        cases = {name: case for name, case in CASES.items() if name in (sdpa.__name__, *chosen.cases)}
+        shape = (length, chosen.heads, chosen.size)
         found = times(cases, inputs(*shape), chosen.seconds)
         unit = min(found["sdpa"])
         for name, seconds in found.items():

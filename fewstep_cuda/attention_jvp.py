@@ -6,7 +6,7 @@ Letters: B samples, Hq and Hk heads of queries and of keys (Hq = G Hk), N querie
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def attention_jvp(
         raise ValueError("attention_jvp needs a tangent: tq, tk and tv are all None; attention is the plain operator")
     if any(x is not None and _unpacked(x)[1] is not None for x in (*inputs, *tangents)):
         raise RuntimeError("attention_jvp takes its tangents as arguments; for dual numbers there is attention")
-    run = _Dual.forward if _bare() else _Dual.apply
+    run: Callable[..., Any] = _Dual.forward if _bare() else _Dual.apply
     o, to, _, _ = run(*inputs, *tangents, mask, options)
     return o, to
 
@@ -271,7 +271,7 @@ class _Attention(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         q, k, v, mask, o, lse, _, options = inputs
         if o is not None:
-            # Copies: torch forbids a caller to change in place what a Function returns as a view of its input.
+            # Copies: the tangent's graph has saved these, and the caller may change what it gets in place.
             return o.clone(), lse.clone()
         run = dispatch.kernel(FORWARD, [q, k, v], options.backend)
         found = run(q, k, v, None, None, None, mask, options.causal, options.scale)

@@ -17,7 +17,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bugs import boot, decoupled_dmd, dmd2, jvp, meanflow, perception, phased_dmd, sid, swiftbrush, tbcm, tmd
+from tests.bugs import (
+    attention,
+    boot,
+    decoupled_dmd,
+    dmd2,
+    jvp,
+    meanflow,
+    perception,
+    phased_dmd,
+    sid,
+    swiftbrush,
+    tbcm,
+    tmd,
+)
 from tests.bugs.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +42,7 @@ LIMIT = 600
 CRASHES = ("NameError", "TypeError", "AttributeError", "ImportError", "SyntaxError", "IndentationError")
 
 
-FILES = (boot, decoupled_dmd, dmd2, jvp, meanflow, perception, phased_dmd, sid, swiftbrush, tbcm, tmd)
+FILES = (attention, boot, decoupled_dmd, dmd2, jvp, meanflow, perception, phased_dmd, sid, swiftbrush, tbcm, tmd)
 MUTANTS = tuple(mutant for file in FILES for mutant in file.MUTANTS)
 
 
