@@ -1,7 +1,7 @@
 """What attention with its tangent costs beside attention without: JSON lines, one a case.
 
-    python -m eval.bench_attention [--lengths 128 256 1024 4096] [--heads 8] [--size 64] [--seconds 4] [--cases sdpa cpu]
-        [--memory]
+    python -m eval.bench_attention [--lengths 128 256 1024 4096] [--heads 8] [--size 64] [--seconds 4]
+        [--cases sdpa cpu] [--memory]
 
 Contenders take turns, so that a loaded machine is unfair to none; `best` is to be compared with `best`.  `memory` is
 what a process needs beyond what it held before the call, from the kernel's high-water mark; each case has its own.

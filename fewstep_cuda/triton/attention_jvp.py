@@ -30,8 +30,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By kernel, inputs and padded size of a head: the largest tiles that were found not to spill on any of the three
-# architectures, or to spill least.  attention_resources.json has what they take.
+# By kernel, inputs and padded size of a head: the largest of some tiles that spills on none of the three
+# architectures, or the one that spills least.  attention_resources.json has what they take; none is tuned on a device.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "forward": {
         "half": {
