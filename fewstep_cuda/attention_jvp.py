@@ -6,7 +6,7 @@ Letters: B samples, Hq and Hk heads of queries and of keys (Hq = G Hk), N querie
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,8 @@ def attention_jvp(
         raise ValueError("attention_jvp needs a tangent: tq, tk and tv are all None; attention is the plain operator")
     if any(x is not None and _unpacked(x)[1] is not None for x in (*inputs, *tangents)):
         raise RuntimeError("attention_jvp takes its tangents as arguments; for dual numbers there is attention")
-    o, to, _, _ = _Dual.apply(*inputs, *tangents, mask, options)
+    run: Callable[..., Any] = _Dual.forward if _bare() else _Dual.apply
+    o, to, _, _ = run(*inputs, *tangents, mask, options)
     return o, to
 
 
@@ -100,10 +101,14 @@ def attention(
     primals, tangents = zip(*map(_unpacked, (q, k, v)))
     found: tuple[Tensor | None, ...] = (None, None, None)
     if any(t is not None for t in tangents):
+        if _bare():
+            o, to, _, _ = _Dual.forward(*primals, *tangents, mask, options)
+            assert to is not None
+            return forward_ad.make_dual(o, to)
         o, to, lse, _ = _Dual.apply(*primals, *tangents, mask, options)
         found = (o, lse, to)
     # Beneath a function transform there may be tangents of another level, which SDPA's fast kernels refuse.
-    elif _automatic(backend) and not torch._C._are_functorch_transforms_active() and not (causal and mask is not None):
+    elif _automatic(backend) and peek_interpreter_stack() is None and not (causal and mask is not None):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, _additive(mask, q), is_causal=causal, scale=options.scale, enable_gqa=grouped
@@ -266,7 +271,7 @@ class _Attention(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         q, k, v, mask, o, lse, _, options = inputs
         if o is not None:
-            # Copies: torch forbids a caller to change in place what a Function returns as a view of its input.
+            # Copies: the tangent's graph has saved these, and the caller may change what it gets in place.
             return o.clone(), lse.clone()
         run = dispatch.kernel(FORWARD, [q, k, v], options.backend)
         found = run(q, k, v, None, None, None, mask, options.causal, options.scale)
@@ -412,6 +417,11 @@ def _unpacked(x: Tensor) -> tuple[Tensor, Tensor | None]:
     if inside is not None and inside.key() != TransformType.Jvp:
         return x, None
     return forward_ad.unpack_dual(x)
+
+
+def _bare() -> bool:
+    """Whether nothing asks for a graph or transforms: then a Function would only take its time, 20 us."""
+    return not torch.is_grad_enabled() and peek_interpreter_stack() is None
 
 
 def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -39,10 +39,14 @@ KERNELS: dict[str, dict[str, str]] = {
     "attention_jvp": {
         REFERENCE: "fewstep_cuda.attention_jvp:reference",
         CHUNKED: "fewstep_cuda.attention_chunked:chunked",
+        CPU: "fewstep_cuda.cpu.attention_jvp:forward",
+        TRITON: "fewstep_cuda.triton.attention_jvp:forward",
     },
     "attention_jvp_backward": {
         REFERENCE: "fewstep_cuda.attention_jvp:reference_backward",
         CHUNKED: "fewstep_cuda.attention_chunked:chunked_backward",
+        CPU: "fewstep_cuda.cpu.attention_jvp:backward",
+        TRITON: "fewstep_cuda.triton.attention_jvp:backward",
     },
     "score_difference": {
         REFERENCE: "fewstep_cuda.score_difference:reference",

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from tests.bugs import (
+    attention,
     boot,
     decoupled_dmd,
     dmd2,
@@ -42,7 +43,21 @@ LIMIT = 600
 CRASHES = ("NameError", "TypeError", "AttributeError", "ImportError", "SyntaxError", "IndentationError")
 
 
-FILES = (boot, decoupled_dmd, dmd2, jvp, kernels, meanflow, perception, phased_dmd, sid, swiftbrush, tbcm, tmd)
+FILES = (
+    attention,
+    boot,
+    decoupled_dmd,
+    dmd2,
+    jvp,
+    kernels,
+    meanflow,
+    perception,
+    phased_dmd,
+    sid,
+    swiftbrush,
+    tbcm,
+    tmd,
+)
 MUTANTS = tuple(mutant for file in FILES for mutant in file.MUTANTS)
 
 

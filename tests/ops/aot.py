@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,19 +26,29 @@ class Resources(NamedTuple):
 
 
 def resources(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], architecture: int, **options: int
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    architecture: int,
+    divisible: Collection[str] = (),
+    **options: int,
 ) -> Resources:
     """Compile a @triton.jit function for an architecture (80, 90, 100).
 
     signature: type of every argument ("*bf16", "fp32", "i32"; "constexpr" for those in `constants`).  Pointers are told
-    to be aligned to 16 bytes.  options: num_warps, num_stages.
+    to be aligned to 16 bytes.  divisible: integers that are told to be multiples of 16, as a launch tells of those that
+    are; without it strides allow no wide loads, and other code is compiled.  options: num_warps, num_stages.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import __file__ as nvidia
     from triton.compiler import ASTSource
 
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in divisible
+    }
     source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constants), attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

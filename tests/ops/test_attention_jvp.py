@@ -84,16 +84,14 @@ def oracle(primals, tangents, **options):
     return torch.func.jvp(lambda *x: plain(*x, **options), tuple(primals), tangents)
 
 
-def gap(found, wanted):
-    return max(float((f.double() - w).abs().max()) for f, w in zip(found, wanted))
-
-
 def no_worse(found, torchs, wanted, floor):
-    """Error at most twice plain torch's in the same dtype, or `floor` of the result's size."""
+    """Error at most twice plain torch's in the same dtype, or `floor` of the result's size: root mean square, and three
+    times that for the largest, a noisy number."""
     for f, t, w in zip(found, torchs, wanted):
         assert f.dtype == t.dtype and f.shape == t.shape
-        size = float(w.abs().max())
-        assert gap([f], [w]) <= max(2 * gap([t], [w]), floor * size), (gap([f], [w]), gap([t], [w]), size)
+        ours, plains, size = f.double() - w, t.double() - w, w.abs().max()
+        assert ours.square().mean().sqrt() <= max(2 * plains.square().mean().sqrt(), floor * size)
+        assert ours.abs().max() <= max(3 * plains.abs().max(), 3 * floor * size)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,7 +172,8 @@ def test_huge_and_tiny_values(size, backend):
     q, k, v, tq, tk, tv = draw((1, 2, 2, 40, 70, 16, 16), torch.float32)
     inputs = [size * q, k, size * v, tq, tk, size * tv]
     wanted = oracle(*(([x.double() for x in part]) for part in (inputs[:3], inputs[3:])))
-    no_worse(attention_jvp(*inputs, backend=backend), oracle(inputs[:3], inputs[3:]), wanted, 1e-6)
+    # Scores of 4 size round by 3e-7 size, and a row with two near maxima moves by as much of its size.
+    no_worse(attention_jvp(*inputs, backend=backend), oracle(inputs[:3], inputs[3:]), wanted, max(5e-7, 1e-7 * size))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -280,10 +279,11 @@ def test_dual_numbers(given, backend):
     tangents = some(inputs[3:], given)
     wanted = oracle(inputs[:3], tangents)
     assert float(wanted[1].abs().max()) > 0.1
-    assert_close(tuple(dual(lambda *x: attention(*x, backend=backend), inputs[:3], tangents)), wanted)
     zeros = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(inputs[:3], tangents))
-    found = torch.func.jvp(lambda *x: attention(*x, backend=backend), tuple(inputs[:3]), zeros)
-    assert_close(found, wanted)
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
+            assert_close(tuple(dual(partial(attention, backend=backend), inputs[:3], tangents)), wanted)
+            assert_close(torch.func.jvp(partial(attention, backend=backend), tuple(inputs[:3]), zeros), wanted)
 
 
 def test_value_and_tangent_come_from_one_pass(monkeypatch):
@@ -367,8 +367,8 @@ def test_third_derivatives_are_refused():
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("how", ["compile of jvp", "jvp of compile", "compile of dual"])
 def test_compiled_it_is_right_or_refused(how, full):
-    """With fullgraph it may be refused.  Mutation: without torch.compiler.disable dynamo looks into the Function and
-    never calls its jvp: zeros."""
+    """With fullgraph it may be refused.  Mutation: a jvp of zeros, which is what dynamo makes of a Function that it
+    looks into.  With torch 2.14 it does not, even without torch.compiler.disable: the tangents break its graph."""
     inputs = draw(SMALL)
     arguments = tuple(inputs[:3]), tuple(inputs[3:])
     f = lambda *x: attention(*(y.sin() for y in x)).cos()  # noqa: E731
@@ -417,7 +417,7 @@ def test_autocast_is_sdpas():
 
 
 def test_the_value_may_be_changed_in_place():
-    """As SDPA's may.  Mutation: the Function returns a view of its input."""
+    """As SDPA's may."""
     inputs = draw(SMALL)
     found = dual(lambda *x: attention(*x).mul_(2), [x.requires_grad_() for x in inputs[:3]], inputs[3:])
     assert_close(found.tangent, 2 * oracle(inputs[:3], inputs[3:])[1])
