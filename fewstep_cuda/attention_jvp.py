@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fewstep_cuda import dispatch
+from fewstep_cuda.contract import eager
 
 FORWARD, BACKWARD = "attention_jvp", "attention_jvp_backward"
 LARGEST = 256
@@ -39,7 +40,7 @@ class Options(NamedTuple):
     backend: str | None
 
 
-@torch.compiler.disable
+@eager
 def attention_jvp(
     q: Tensor,
     k: Tensor,
@@ -76,7 +77,7 @@ def attention_jvp(
     return o, to
 
 
-@torch.compiler.disable
+@eager
 def attention(
     q: Tensor,
     k: Tensor,

@@ -12,9 +12,14 @@ from torch.autograd import forward_ad
 Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 
+def eager(operator: Operator) -> Operator:
+    """An operator that torch.compile does not look into: it calls other compilers' code, and dynamo no jvp."""
+    return cast(Operator, torch.compiler.disable(operator))
+
+
 def opaque(operator: Operator) -> Operator:
-    """An operator that records no graph and that torch.compile does not look into: it calls other compilers' code."""
-    return cast(Operator, torch.compiler.disable(torch.no_grad()(operator)))
+    """An operator that records no graph, either."""
+    return eager(cast(Operator, torch.no_grad()(operator)))
 
 
 def check(operator: str, inputs: Mapping[str, Tensor]) -> None:

@@ -54,9 +54,8 @@ class FusedDuals(TorchFunctionMode):
 
     def __init__(self, attention: Attention | None = None, *, norms: bool = False, products: bool = True) -> None:
         super().__init__()
-        attention = attention or fused
         self._answers: dict[Any, Callable[..., Any]] = {
-            F.scaled_dot_product_attention: lambda *args, **kwargs: _attend(attention, *args, **kwargs)
+            F.scaled_dot_product_attention: partial(_attend, attention or fused)
         }
         if norms:
             self._answers |= {F.layer_norm: _layer_norm, F.group_norm: _group_norm, F.rms_norm: _rms_norm}

@@ -322,8 +322,7 @@ def attention(mode: Tangents, func: Any, args: tuple[Any, ...], kwargs: dict[str
             tangent = dual(mode, func, out, args, kwargs)
         else:
             how = {"mask": mask, "causal": given.get("is_causal", False), "scale": given.get("scale")}
-            answer: Any = attention_jvp(*inputs, *map(mode.of, inputs), **how)
-            value, tangent = answer
+            value, tangent = attention_jvp(*inputs, *map(mode.of, inputs), **how)
             out = value if out is None else out
     mode.remember(out, tangent)
     return out
