@@ -39,6 +39,7 @@ compare: setup  ## every method on the embedded teachers, 20 minutes each (ARGS=
 	$(PY) -m eval.compare_methods $(ARGS)
 bench: setup  ## the fused operators beside plain torch and torch.compile (ARGS=NAME for some)
 	$(PY) -m eval.bench_ops $(ARGS)
+	$(if $(ARGS),,$(PY) -m eval.bench_step)
 golden: setup  ## record the methods' trajectories again: make golden REASON="why the numbers change" [ARGS=METHOD]
 	$(PY) -m tests.golden.trajectories "$(REASON)" $(ARGS)
 check: setup  ## formatting, lint, types, import rules

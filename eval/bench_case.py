@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 Call = Callable[[], object]
-REPEATS = 8
-"""Timed calls of a contender in a row, after one that is not: others' data have just been through the caches."""
+REPEATS, TURN = 8, 0.1
+"""Timed calls of a contender in a row, after one that is not: others' data have just been through the caches.  Those of
+slow contenders, for which that matters little, are fewer: about so many seconds, one call at least."""
 COPY = "copy"
 
 
@@ -44,11 +45,14 @@ class Timing:
 
 def measure(case: Case, seconds: float) -> list[Timing]:
     """Call the contenders, and a copy of as many bytes, in turns until so many seconds have passed for each."""
-    ready, skipped = {COPY: _copy(case.moved)}, []
+    ready, skipped, turns = {COPY: _copy(case.moved)}, [], {COPY: REPEATS}
     for name, prepare in case.contenders.items():
         try:
             call = prepare()
             call()  # compiles
+            start = time.perf_counter()
+            call()
+            turns[name] = min(REPEATS, max(1, int(TURN / (time.perf_counter() - start))))
         except (ValueError, RuntimeError, OSError) as error:
             skipped.append(Timing(name, skipped=str(error).strip().splitlines()[0][:200]))
         else:
@@ -57,8 +61,9 @@ def measure(case: Case, seconds: float) -> list[Timing]:
     end = time.perf_counter() + seconds * len(ready)
     while time.perf_counter() < end:
         for name, call in ready.items():
-            call()
-            for _ in range(REPEATS):
+            if turns[name] == REPEATS:
+                call()
+            for _ in range(turns[name]):
                 start = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - start)

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from eval import bench_score_difference
+from eval import bench_attention, bench_norm, bench_score_difference
 from eval.bench_case import Case, measure, row
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results" / "bench_ops.jsonl"
-CASES = (bench_score_difference.cases,)
+CASES = (bench_score_difference.cases, bench_attention.cases, bench_norm.cases)
 """Functions that list cases; those of another operator are one more."""
 
 

@@ -53,4 +53,4 @@ def test_an_operator_that_is_not_known_is_refused_with_those_that_are(monkeypatc
     monkeypatch.setattr("sys.argv", ["bench_ops", "matmul"])
     with pytest.raises(SystemExit):
         bench_ops.main()
-    assert "allowed: distribution_matching, score_difference_from_raw" in capsys.readouterr().err
+    assert "allowed: adaln, attention_jvp, distribution_matching, gated_residual" in capsys.readouterr().err
