@@ -1,5 +1,8 @@
-"""Contenders for norms with what follows them, value and tangent: torch.func.jvp of the composition, eager and compiled,
-the kernel in its explicit form, and the kernel through dual numbers, as in a network."""
+"""Contenders for norms with what follows them, value and tangent.
+
+torch.func.jvp of the composition, eager and compiled; the kernel in its explicit form, and through dual numbers, as in
+a network.
+"""
 
 from __future__ import annotations
 
