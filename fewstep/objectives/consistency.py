@@ -33,6 +33,7 @@ from fewstep.objectives.base import Turns, check_positive
 from fewstep.objectives.rollout import StudentSampler
 from fewstep.rng import Rng
 from fewstep.types import Batch, Condition, Loss, Need, Role
+from fewstep_cuda import tangent_normalise
 
 TRIG = TrigFlow()
 PER_TIME = 2 / math.pi
@@ -66,15 +67,6 @@ def consistency_tangent(student: Tensor, pairs: Pairs, jvp: Tensor, r: float) ->
     """
     c = TRIG.at(pairs.t.to(jvp.dtype)).like(jvp)
     return -c.alpha.square() * (student - pairs.v) - r * (c.alpha * c.sigma * pairs.x + jvp)
-
-
-def bounded(g: Tensor, norm: Norm, c: float) -> tuple[Tensor, Tensor]:
-    """g / (|g| + c), sample by sample, and |g| [N]     [sCM, section 4.2: tangent normalisation]
-
-    |g|: the root of the sum of squares ("sum": the paper's) or of their mean ("mean").
-    """
-    size = _size(g, norm)
-    return g / like(size + c, g), size
 
 
 def consistency_loss(
@@ -165,7 +157,7 @@ class Consistency:
         value, jvp = directional_derivative(f, primals, tangents, mode=self.mode, step=self.step, graph=True)
         with torch.no_grad():
             raw = consistency_tangent(value, pairs, jvp, r)
-            g, size = bounded(raw, self.norm, self.norm_floor)
+            g, size = tangent_normalise(raw, self.norm_floor, norm=self.norm)
         w = trio.generator.own[WEIGHT](pairs.t) if self.weight else None
         total = consistency_loss(value, g, self.norm, w, pairs.keep)
         gap = (value.detach() - pairs.v).square().mean().sqrt()

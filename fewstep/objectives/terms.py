@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+import fewstep_cuda
 from fewstep.diffusion import EDM, NoiseSchedule, Prediction, like, raw_of
-from fewstep_cuda import score_difference
 
 
-class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient with respect to x is known: `value` forwards, `grad` backwards.
+class _WithGradients(torch.autograd.Function):
+    """A scalar whose gradients are known: `value` forwards, `grads` backwards.
 
-    The gradient is scaled in place, so a second backward would give a wrong one; it raises instead.
+    The gradients are scaled in place, so a second backward would give wrong ones; it raises instead.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        ctx.grad = grad.to(x.dtype)
+    def forward(ctx, value: Tensor, grads: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.grads = [grad.to(x.dtype) for x, grad in zip(tensors, grads, strict=True)]
         return value.clone()
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        if ctx.grad is None:
+        if ctx.grads is None:
             raise RuntimeError(
                 "a loss with a known gradient was back-propagated twice; compute it anew for each backward"
             )
-        grad, ctx.grad = ctx.grad, None
-        return grad.mul_(grad_outputs[0].to(grad.dtype)), None, None
+        grads, ctx.grads = ctx.grads, None
+        return None, None, *(grad.mul_(grad_outputs[0].to(grad.dtype)) for grad in grads)
 
 
 def with_gradient(x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
@@ -36,7 +38,12 @@ def with_gradient(x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
 
     x: [B, ...], with graph.  grad: x's shape; it is used up.
     """
-    return _WithGradient.apply(x, value, grad)  # type: ignore[return-value]
+    return with_gradients(value, [x], [grad])
+
+
+def with_gradients(value: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """The same with respect to several tensors."""
+    return _WithGradients.apply(value, tuple(grads), *tensors)  # type: ignore[return-value]
 
 
 def distribution_matching(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -48,7 +55,7 @@ def distribution_matching(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor:
     x: the generator's sample, with graph; real_x0 (guided), fake_x0: both scores' clean estimates at the re-noised x.
     All [B, C, H, W].  Returns (scalar L, weight 1/n [B]).  L is no measure of progress: it is 0.5 mean(g^2).
     """
-    grad, weight, value = score_difference(x.detach(), real_x0, fake_x0, floor=floor)
+    grad, weight, value = fewstep_cuda.score_difference(x, real_x0, fake_x0, floor=floor)
     return with_gradient(x, value, grad), weight
 
 
@@ -65,12 +72,9 @@ def score_identity(
     Returns (scalar L, weight 1/n [B]).  L is no measure of progress: 0 at alpha = 1 once the fake score fits, wherever
     the generator is.  The paper sums over elements and multiplies by 100, a scale that Adam ignores but for its eps.
     """
-    real, fake = _wide(real_x0), _wide(fake_x0)
-    with torch.no_grad():
-        weight = 1 / (x - real).abs().flatten(1).mean(1).clamp_min(floor)
-    d = real - fake
-    loss = (d * ((real - x) - alpha * d)).flatten(1).mean(1)
-    return (weight * loss).mean(), weight
+    given = x, real_x0, fake_x0
+    value, weight, *grads = fewstep_cuda.score_identity(*given, alpha=alpha, floor=floor)
+    return with_gradients(value, given, grads), weight
 
 
 def denoising(pred: Prediction, x0: Tensor, eps: Tensor) -> Tensor:

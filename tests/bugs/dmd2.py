@@ -432,8 +432,8 @@ MUTANTS = (
         "matching",
         "the known gradient is not scaled by what multiplies the loss",
         "fewstep/objectives/terms.py",
-        "grad.mul_(grad_outputs[0].to(grad.dtype)), None, None",
-        "grad, None, None",
+        "grad.mul_(grad_outputs[0].to(grad.dtype)) for grad in grads",
+        "grad for grad in grads",
         (f"{TERMS}::test_the_gradient_follows_what_multiplies_the_loss",),
     ),
     Mutant(

@@ -61,7 +61,7 @@ MUTANTS = (
         "consistency-norm-of-batch",
         "consistency",
         "one norm bounds the whole batch's tangent",
-        LOSS,
+        "fewstep_cuda/tangent_normalise.py",
         "return g / like(size + c, g), size",
         "return g / (size.mean() + c), size",
         (f"{TESTS}::test_the_tangent_is_bounded_sample_by_sample", BY_HAND),
