@@ -296,7 +296,7 @@ def test_checkpointed_networks(name):
     assert_close(again.tangent, plain.tangent)
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert torch.equal(directional_derivative(f, primals, tangents).tangent, again.tangent)
+    assert_close(directional_derivative(f, primals, tangents).tangent, again.tangent, rtol=1e-4, atol=1e-4)
 
 
 def test_reentrant_checkpointing():

@@ -115,9 +115,9 @@ def test_the_tangent_is_cos_times_the_derivative_of_f():
 @pytest.mark.parametrize(("norm", "size"), [("sum", 5.0), ("mean", 5.0 / math.sqrt(2))])
 def test_the_tangent_is_bounded_sample_by_sample(norm, size):
     """Fails for a norm over the batch."""
-    g = torch.tensor([[3.0, 4.0], [0.0, 0.0], [300.0, 400.0]])
+    g = torch.tensor([[3.0, 4.0], [0.0, 0.0], [300.0, 400.0]], dtype=torch.float64)
     made, sizes = tangent_normalise(g, 0.1, norm=norm)
-    assert_close(sizes, torch.tensor([size, 0.0, 100 * size]))
+    assert_close(sizes, torch.tensor([size, 0.0, 100 * size], dtype=torch.float64))
     assert_close(made[0], g[0] / (size + 0.1))
     assert not made[1].any()
     assert_close(made[2], g[2] / (100 * size + 0.1))
