@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.diffusion.schedules import like
-from fewstep.diffusion.tangents import LOST, Lost, Tangents
+from fewstep.diffusion.tangent_rules import LOST, Lost
+from fewstep.diffusion.tangents import Tangents
 
 Function = Callable[..., Tensor]
 Mode = Literal["exact", "dual", "central", "forward"]

@@ -7,6 +7,7 @@ from tests.bugs.mutant import Mutant
 JVP = "fewstep/diffusion/jvp.py"
 TESTS = "tests/unit/diffusion/test_jvp.py"
 TANGENTS = "fewstep/diffusion/tangents.py"
+RULES = "fewstep/diffusion/tangent_rules.py"
 OF_RULES = "tests/unit/diffusion/test_tangents.py"
 
 MUTANTS = (
@@ -281,7 +282,7 @@ MUTANTS = (
         "tangents-quotient",
         "tangents",
         "the quotient's rule forgets the denominator's square",
-        TANGENTS,
+        RULES,
         "change = ta if tb is None else -out * tb if ta is None else ta - out * tb",
         "change = ta if tb is None else -args[0] * tb if ta is None else ta - args[0] * tb",
         (f"{OF_RULES}::test_the_tangent_is_that_of_dual_numbers",),
@@ -290,7 +291,7 @@ MUTANTS = (
         "tangents-centred",
         "tangents",
         "a norm's tangent is not centred",
-        TANGENTS,
+        RULES,
         "change = tangent - tangent.mean(-1, keepdim=True)",
         "change = tangent",
         (f"{OF_RULES}::test_the_tangent_is_that_of_dual_numbers",),
@@ -299,7 +300,7 @@ MUTANTS = (
         "tangents-bias",
         "tangents",
         "a linear layer's tangent gets the bias, too",
-        TANGENTS,
+        RULES,
         "args = (*args[:2], None, *args[3:]) if len(args) > 2 else args",
         "args = tuple(args)",
         (f"{OF_RULES}::test_the_tangent_is_that_of_dual_numbers", f"{TESTS}::test_embedded_teachers"),
@@ -326,7 +327,7 @@ MUTANTS = (
         "tangents-mask",
         "tangents",
         "dropout's tangent has a mask of its own",
-        TANGENTS,
+        RULES,
         "            _set_random_state(x, before)",
         "            pass",
         (f"{OF_RULES}::test_dropout_has_one_mask",),
@@ -344,7 +345,7 @@ MUTANTS = (
         "tangents-own-attention",
         "tangents",
         "the value's attention is the operator's, which a recomputation does not call",
-        TANGENTS,
+        RULES,
         "recorded = torch.is_grad_enabled() and",
         "recorded = False and",
         (f"{TESTS}::test_the_value_has_plain_gradients_and_the_tangent_none",),

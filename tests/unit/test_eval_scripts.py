@@ -122,6 +122,14 @@ def test_all_methods_are_compared_on_the_transformer():
     assert len({run.name for run in compare_methods.RUNS}) == len(compare_methods.RUNS)
 
 
+def test_the_compared_methods_of_the_readme_are_those_of_the_results():
+    """The table, and what it lacks."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert compare_methods.table() in text
+    missing = [run.name for run in compare_methods.RUNS if run.name not in compare_methods.results()]
+    assert all(f"`{name}`" in text for name in missing)
+
+
 def test_a_plan_fits_the_minutes_and_chooses_on_other_samples(tmp_path, monkeypatch):
     """2 s an iteration: 600 in 20 minutes, with eight looks at the student.  Another seed is not measured again."""
     costs = iter([{"seconds": 2.0, "forwards": 9.0}])

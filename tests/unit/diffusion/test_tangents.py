@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from fewstep.diffusion.tangents import RULES, Lost, Tangents
+from fewstep.diffusion.tangent_rules import RULES, Lost
+from fewstep.diffusion.tangents import Tangents
 
 G = torch.Generator().manual_seed(0)
 X, Y = (torch.randn(3, 4, 6, generator=G, dtype=torch.float64) for _ in range(2))
