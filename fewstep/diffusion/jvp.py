@@ -81,7 +81,7 @@ def directional_derivative(
             )
     if tangent is None:
         raise Lost("this function")
-    return Derivative(value, _wide(tangent.detach()))
+    return Derivative(value, _wide(tangent))
 
 
 @torch.no_grad()

@@ -201,15 +201,6 @@ MUTANTS = (
         (f"{TESTS}::test_a_sample_that_does_not_move_has_no_derivative",),
     ),
     Mutant(
-        "jvp-tangent-graph",
-        "jvp",
-        "the tangent keeps its graph",
-        JVP,
-        "_wide(tangent.detach()))",
-        "_wide(tangent))",
-        (f"{TESTS}::test_the_value_has_plain_gradients_and_the_tangent_none",),
-    ),
-    Mutant(
         "jvp-records-anyway",
         "jvp",
         "no_grad of the caller is overruled",
@@ -253,8 +244,8 @@ MUTANTS = (
         "jvp",
         "a None tangent counts as ones",
         JVP,
-        "p if d is None else forward_ad.make_dual(p, d.detach().to(p))",
-        "forward_ad.make_dual(p, torch.ones_like(p) if d is None else d.detach().to(p))",
+        "p if d is None else moving.move(p, d)",
+        "moving.move(p, torch.ones_like(p) if d is None else d)",
         (
             f"{TESTS}::test_a_missing_tangent_means_constant",
             f"{TESTS}::test_the_mean_velocity_of_a_gaussian_satisfies_meanflow",
