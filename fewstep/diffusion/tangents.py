@@ -67,7 +67,8 @@ class Tangents(TorchFunctionMode):
         found = out if isinstance(out, (tuple, list)) else (out,)
         if any(isinstance(x, Tensor) and x.is_floating_point() for x in found):
             with torch.no_grad():
-                self.remember(out, RULES.get(name, dual)(self, func, out, args, kwargs))
+                rule = RULES.get(name, dual) if args else dual  # rules read what is given by place
+                self.remember(out, rule(self, func, out, args, kwargs))
         elif name == "to":
             raise Lost(f"a cast to {found[0].dtype}")
         return out

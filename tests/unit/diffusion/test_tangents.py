@@ -46,6 +46,7 @@ FUNCTIONS = {
     "clamp": lambda x, y: x.clamp(-1, 1) + torch.where(x > 0, x, 2 * y) + torch.maximum(x, y),
     "einsum": lambda x, y: torch.einsum("bij,bkj->bik", x, y) + torch.linalg.vector_norm(x),
     "interpolate": lambda x, y: F.interpolate(x, scale_factor=2.0, mode="linear") + y.repeat_interleave(2, -1),
+    "by name": lambda x, y: torch.cat(tensors=[x, y], dim=1) + F.linear(input=x, weight=W).sum(),
     "pad": lambda x, y: F.pad(x, (1, 1)),
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None] + 1),
     "attention of constants": lambda x, y: F.scaled_dot_product_attention(x[None], KEYS, KEYS, scale=0.3),
