@@ -111,6 +111,17 @@ def operators() -> dict[str, list[str]]:
     return {name: list(found) for name, found in KERNELS.items()}
 
 
+def check_environment() -> None:
+    """Raise ValueError if FEWSTEP_KERNELS names no backend; whether one can run is asked at each call."""
+    name = os.environ.get("FEWSTEP_KERNELS") or AUTO
+    if name not in (AUTO, *BACKENDS):
+        raise ValueError(_unknown("FEWSTEP_KERNELS", name))
+
+
+def _unknown(source: str, name: str) -> str:
+    return f"{source}={name!r}: no such backend; known: {', '.join((AUTO, *BACKENDS))}"
+
+
 def kernel(operator: str, tensors: Sequence[Tensor | None], backend: str | None = None) -> Callable[..., Any]:
     """The function that runs an operator on these tensors (None: an input that was left out).
 
@@ -123,7 +134,7 @@ def kernel(operator: str, tensors: Sequence[Tensor | None], backend: str | None 
     if name == AUTO:
         return _load(KERNELS[operator][_automatic(operator, found)])
     if name not in BACKENDS:
-        raise ValueError(f"{source}={name!r}: no such backend; known: {', '.join((AUTO, *BACKENDS))}")
+        raise ValueError(_unknown(source, name))
     if refusal := _refusal(operator, name, found):
         usable = ", ".join(known for known in KERNELS[operator] if not _refusal(operator, known, found))
         raise ValueError(f"{source}={name!r} cannot run {operator}: {refusal}; usable here: auto, {usable}")

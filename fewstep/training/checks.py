@@ -20,6 +20,7 @@ from fewstep.training.options import TrainConfig
 from fewstep.training.pairs import PairsCard, read_card
 from fewstep.training.prompts import read_prompts
 from fewstep.types import Need
+from fewstep_cuda import dispatch
 
 NO_CLIP = (
     "method.clip_weight needs a CLIP, and teacher {!r} brings none; give --set method.clip=FOLDER of a transformers "
@@ -163,6 +164,7 @@ def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> 
 
 def check_surroundings(config: TrainConfig) -> None:
     """That this machine and environment can do what is asked."""
+    dispatch.check_environment()
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
     if config.tensorboard and find_spec("tensorboard") is None:

@@ -162,3 +162,13 @@ def test_a_backend_asked_for_by_name_runs_or_raises(triple, monkeypatch):
     with pytest.raises(ValueError, match="FEWSTEP_KERNELS='cuda'"):
         score_difference(*triple)
     assert torch.equal(score_difference(*triple, backend="reference").grad, expected)
+
+
+def test_a_misspelt_environment_is_found_before_a_teacher_is_loaded(monkeypatch, tmp_path):
+    """Mutation: found by the first loss, after the weights were read, with a traceback."""
+    from fewstep.api import distill
+
+    monkeypatch.setenv("FEWSTEP_KERNELS", "tritn")
+    with pytest.raises(ValueError, match=r"FEWSTEP_KERNELS='tritn': no such backend; known: auto"):
+        distill("fashion-dit", "dmd2", iterations=1, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
