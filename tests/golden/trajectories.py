@@ -25,7 +25,7 @@ from fewstep.environment import describe
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import METHODS, student_of
 from fewstep.rng import Rng
-from fewstep.teachers import mixture
+from fewstep.teachers import Teacher, mixture
 from fewstep.training.checkpoint import write_text
 from fewstep.training.data import PromptData
 from fewstep.training.optim import OptimConfig
@@ -61,9 +61,19 @@ class Pairs:
         return Pair(noise, 0.5 * noise + 0.2, self.teacher.encode([self.teacher.prompts[i % 2] for i in sample_ids]))
 
 
-def trajectory(method: str, steps: int = STEPS) -> dict[str, list[list[float]]]:
-    """For each player, its updates' sum of losses and gradient norm, one after the other."""
-    teacher = mixture([[1.0, -0.5, 0.2], [-1.0, 0.5, 0.1]], [0.1, 0.3], classes=[0, 1], fit_steps=0)
+def points() -> Teacher:
+    """Two classes in three dimensions, and a student that has been fitted to nothing."""
+    return mixture([[1.0, -0.5, 0.2], [-1.0, 0.5, 0.1]], [0.1, 0.3], classes=[0, 1], fit_steps=0)
+
+
+def trajectory(
+    method: str, steps: int = STEPS, *, dtype: torch.dtype = torch.float64, teacher: Teacher | None = None
+) -> dict[str, list[list[float]]]:
+    """For each player, its updates' sum of losses and gradient norm, one after the other.
+
+    teacher: that of the record if none is given.  dtype: of the networks that train.
+    """
+    teacher = teacher or points()
     objective: Any = METHODS.get(method)(**SETTINGS.get(method, {}))
     optim = OptimConfig(lr=1e-3, warmup=2, schedule="cosine")
     config = TrainConfig(batch_size=BATCH, iterations=STEPS, device="cpu", generator=optim, critic=optim)
@@ -76,7 +86,7 @@ def trajectory(method: str, steps: int = STEPS) -> dict[str, list[list[float]]]:
         trio.add_head(objective.features(trio), data.batch((0,)), seed=1)
     for network in (trio.generator, trio.fake_score, trio.head):
         if isinstance(network, nn.Module):
-            network.double()
+            network.to(dtype)
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(file=io.StringIO())
         trainer = Recording(config, trio, objective, data, out=Path(folder), accelerator=Accelerator(cpu=True))
