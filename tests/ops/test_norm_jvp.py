@@ -44,11 +44,11 @@ def angles(length, size, interleaved, dtype):
 class Case:
     """An operator on inputs of its own: `ours(*inputs)`, `plain(*inputs)`, `openly(inputs, tangents)`."""
 
-    def __init__(self, name, dtype=torch.float32, backend=None, sizes=None, scale=1.0):
+    def __init__(self, name, dtype=torch.float32, backend=None, sizes=None, scale=1.0, device="cpu"):
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
         def twice(*shapes):
             return [draw(*s) for s in shapes], [draw(*s) for s in shapes]
@@ -78,7 +78,7 @@ class Case:
         elif kind == "heads":
             shapes = [(2, batch, length, size)]
             interleaved = which != "half"
-            cos, sin = angles(length, size, interleaved, dtype)
+            cos, sin = (table.to(device) for table in angles(length, size, interleaved, dtype))
             w = draw(size)
             keep = {
                 "cos": cos, "sin": sin, "weight": w, "backend": backend, "eps": 1e-6,
