@@ -26,14 +26,15 @@ CASES = [(name, dtype) for name in KERNELS for dtype in (("fp32",) if name == "s
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_kernel_compiles_without_a_spill(name, dtype):
+    from fewstep_cuda.triton import blocks
     from fewstep_cuda.triton import score_difference as kernels
 
     signature, constants = KERNELS[name]
-    constants = {"BLOCK": kernels.BLOCK, **constants}
+    constants = {"BLOCK": blocks.BLOCK, **constants}
     types = {argument: f"*{dtype}" if kind == "in" else kind for argument, kind in signature.items()}
     types |= dict.fromkeys(constants, "constexpr")
     found = {
-        architecture: resources(getattr(kernels, name), types, constants, architecture, num_warps=kernels.WARPS)
+        architecture: resources(getattr(kernels, name), types, constants, architecture, num_warps=blocks.WARPS)
         for architecture in ARCHITECTURES
     }
     check(f"score_difference.{name}", dtype, found)
