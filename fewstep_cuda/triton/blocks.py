@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep_cuda.score_difference import split
-
 BLOCK = 4096
 WARPS = 8
 
@@ -68,12 +66,6 @@ def factor(partial, weight, term, size, floor, share, PARTS: tl.constexpr):
     return tl.div_rn(1.0, n * share)
 
 
-@triton.jit
-def summed(scaled, inside):
-    """The sum over the block of what a factor has been in: outside the sample that is 0 * NaN at worst."""
-    return tl.sum(tl.where(inside, scaled, 0.0), 0)
-
-
 def run(kernel: Any, x: Tensor, *arguments: Any, **constants: Any) -> None:
     """A kernel over the blocks of x's samples, on x's device.  Tensors go contiguous; outputs are it by making."""
     given = [value.contiguous() if isinstance(value, Tensor) else value for value in (x, *arguments)]
@@ -94,12 +86,6 @@ def buffer(x: Tensor, terms: int = 1) -> Tensor:
 def length(x: Tensor) -> int:
     """Elements of a sample."""
     return x.numel() // len(x)
-
-
-def scales(x: Tensor) -> tuple[float, float, float]:
-    """share, power, and half, by which a sum of (gap / (n share))^2 is 0.5 mean(g^2)."""
-    share, power = split(x.numel())
-    return share, power, 0.5 * share**2 / x.numel()
 
 
 def parts(partial: Tensor) -> int:

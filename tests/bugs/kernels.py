@@ -6,7 +6,7 @@ BACKENDS = "tests/ops/test_score_difference_backends.py"
 ACCURATE = f"{BACKENDS}::test_error_is_at_most_twice_that_of_plain_float32"
 SPOILT = f"{BACKENDS}::test_what_is_not_finite_spoils_its_sample_and_the_value_alone"
 MATHS, SOURCE = "fewstep_cuda/cpu/score_math.h", "fewstep_cuda/cpu/score_difference.cpp"
-INTERPRETED = "tests/ops/test_interpreter.py::test_kernels_in_the_interpreter"
+INTERPRETED = "tests/ops/test_interpreter.py::test_kernels_in_the_interpreter[test_score_difference.py]"
 
 MUTANTS = (
     Mutant(
@@ -154,6 +154,24 @@ MUTANTS = (
         "fewstep_cuda/triton/blocks.py",
         "n = tl.where(n < floor, floor, n)",
         "n = tl.maximum(n, floor)",
+        (INTERPRETED,),
+    ),
+    Mutant(
+        "triton-one-normaliser-for-two-terms",
+        "kernels",
+        "every term finds the partial sums of the first",
+        "fewstep_cuda/triton/blocks.py",
+        "return term * tl.num_programs(1) + tl.program_id(1)",
+        "return tl.program_id(1)",
+        (INTERPRETED,),
+    ),
+    Mutant(
+        "triton-product-leaves-float32",
+        "kernels",
+        "SiD's two factors meet before either is divided",
+        "fewstep_cuda/triton/score_difference.py",
+        "put(value, 0, power * tl.sum(d * m, 0))",
+        "put(value, 0, power * by * tl.sum(d / by * m, 0))",
         (INTERPRETED,),
     ),
     Mutant(
