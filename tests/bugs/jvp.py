@@ -265,8 +265,8 @@ MUTANTS = (
         "tangents",
         "rules are recorded: the loss keeps the tangent's graph",
         TANGENTS,
-        "            with torch.no_grad():\n                rule = RULES",
-        "            with torch.enable_grad():\n                rule = RULES",
+        "            with torch.no_grad():\n                self.remember",
+        "            with torch.enable_grad():\n                self.remember",
         (f"{OF_RULES}::test_values_are_recorded_and_tangents_are_not",),
     ),
     Mutant(
