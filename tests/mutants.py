@@ -30,6 +30,7 @@ from tests.bugs import (
     phased_dmd,
     sid,
     swiftbrush,
+    tangents,
     tbcm,
     tmd,
 )
@@ -57,6 +58,7 @@ FILES = (
     phased_dmd,
     sid,
     swiftbrush,
+    tangents,
     tbcm,
     tmd,
 )
