@@ -7,11 +7,97 @@ from tests.bugs.mutant import Mutant
 MODE, RULES = "fewstep/diffusion/tangents.py", "fewstep/diffusion/tangent_rules.py"
 TESTS = "tests/unit/diffusion/test_tangents.py"
 BY_RULES = f"{TESTS}::test_the_tangent_is_that_of_dual_numbers"
+OF_JVP = "tests/unit/diffusion/test_jvp.py"
 FUSED = "fewstep_cuda/networks.py"
 OF_FUSED = "tests/ops/test_networks.py"
 EVERY_FORM = f"{OF_FUSED}::test_every_form_of_a_call"
 
 MUTANTS = (
+    Mutant(
+        "tangents-recorded",
+        "tangents",
+        "rules are recorded: the loss keeps the tangent's graph",
+        MODE,
+        "            with torch.no_grad():\n                self.remember",
+        "            with torch.enable_grad():\n                self.remember",
+        (f"{TESTS}::test_values_are_recorded_and_tangents_are_not",),
+    ),
+    Mutant(
+        "tangents-quotient",
+        "tangents",
+        "the quotient's rule forgets the denominator's square",
+        RULES,
+        "change = ta if tb is None else -out * tb if ta is None else ta - out * tb",
+        "change = ta if tb is None else -args[0] * tb if ta is None else ta - args[0] * tb",
+        (BY_RULES,),
+    ),
+    Mutant(
+        "tangents-centred",
+        "tangents",
+        "a norm's tangent is not centred",
+        RULES,
+        "change = tangent - tangent.mean(-1, keepdim=True)",
+        "change = tangent",
+        (BY_RULES,),
+    ),
+    Mutant(
+        "tangents-bias",
+        "tangents",
+        "a linear layer's tangent gets the bias, too",
+        RULES,
+        "args = (*args[:2], None, *args[3:]) if len(args) > 2 else args",
+        "args = tuple(args)",
+        (BY_RULES, f"{OF_JVP}::test_embedded_teachers"),
+    ),
+    Mutant(
+        "tangents-stale",
+        "tangents",
+        "a view keeps its tangent when its memory changes",
+        MODE,
+        "            self._tangents[other] = None",
+        "            pass",
+        (f"{TESTS}::test_a_view_of_what_was_changed_in_place_is_not_used",),
+    ),
+    Mutant(
+        "tangents-silent",
+        "tangents",
+        "an integer cast loses the tangent without a word",
+        MODE,
+        "        if name in LOSING:",
+        "        if name in STILL:",
+        (f"{TESTS}::test_what_would_lose_a_derivative_raises",),
+    ),
+    Mutant(
+        "tangents-mask",
+        "tangents",
+        "dropout's tangent has a mask of its own",
+        RULES,
+        "            _set_random_state(x, before)",
+        "            pass",
+        (f"{TESTS}::test_dropout_has_one_mask",),
+    ),
+    Mutant(
+        "tangents-kept",
+        "tangents",
+        "tangents live as long as the graph",
+        MODE,
+        "        self._tangents.clear()",
+        "        pass",
+        (f"{TESTS}::test_nothing_is_left_when_it_ends",),
+    ),
+    Mutant(
+        "tangents-own-attention",
+        "tangents",
+        "the value's attention is the operator's, which a recomputation does not call",
+        RULES,
+        "recorded = torch.is_grad_enabled() and",
+        "recorded = False and",
+        (
+            f"{OF_JVP}::test_the_value_has_plain_gradients_and_the_tangent_none",
+            "tests/unit/diffusion/test_tangent_networks.py::"
+            "test_gradients_are_the_plain_networks_with_and_without_checkpointing",
+        ),
+    ),
     Mutant(
         "tangents-lists",
         "tangents",
