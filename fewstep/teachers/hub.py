@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,11 @@ def fetch_index(source: str, revision: str | None = None) -> dict[str, Any]:
     Raises ValueError that says why it cannot be had, and what to do.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    with _told(source, revision):
         path = hf_hub_download(source, INDEX, revision=revision)
+    try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"cannot load the pipeline {source!r}: {_reason(error, source, revision)}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot load the pipeline {source!r}: its {INDEX} does not parse: {error}") from error
 
@@ -32,12 +32,18 @@ def fetch(source: str, revision: str | None = None, variant: str | None = None) 
     variant: of the weights' files, as "fp16".  Raises ValueError as `fetch_index`.
     """
     from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import HfHubHTTPError
 
     options = {name: value for name, value in {"revision": revision, "variant": variant}.items() if value is not None}
-    try:
+    with _told(source, revision):
         return Path(DiffusionPipeline.download(source, use_safetensors=True, **options))
-    except (OSError, HfHubHTTPError) as error:
+
+
+@contextmanager
+def _told(source: str, revision: str | None) -> Iterator[None]:
+    """Whatever a download raises as a ValueError in words: the hub's HTTP library has errors of its own kind."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(f"cannot load the pipeline {source!r}: {_reason(error, source, revision)}") from error
 
 
@@ -61,4 +67,6 @@ def _reason(error: Exception, source: str, revision: str | None) -> str:
             f"`hf download {source}{at} --local-dir FOLDER`, then name FOLDER as the teacher, or with "
             "--set teacher.source=FOLDER"
         )
-    return str(error)
+    if isinstance(error, errors.HFValidationError):
+        return str(error)
+    return f"{type(error).__name__}: {error}; if the connection broke, the same command goes on where it stopped"
