@@ -33,12 +33,16 @@ def load_teacher(name_or_path: str, **options: Any) -> Teacher:
     Hub ids use HF_HOME and HF_TOKEN as huggingface_hub does.  Only safetensors are read and no remote code is run.
     Raises LookupError for a name that is none of the three, ValueError for a folder or model that cannot be used.
     """
-    hub_or_folder = name_or_path not in TEACHERS and (Path(name_or_path).exists() or name_or_path.count("/") == 1)
-    make = partial(from_pipeline, name_or_path) if hub_or_folder else TEACHERS.get(name_or_path)
+    make = partial(from_pipeline, name_or_path) if is_place(name_or_path) else TEACHERS.get(name_or_path)
     try:
         return make(**options)
     except TypeError as error:
         raise ValueError(f"teacher {name_or_path!r} with options {options}: {error}") from error
+
+
+def is_place(name_or_path: str) -> bool:
+    """Whether this is no registered name but a folder that is here, or may be a hub id."""
+    return name_or_path not in TEACHERS and (Path(name_or_path).exists() or name_or_path.count("/") == 1)
 
 
 def pipeline_class(name_or_path: str, source: str | None = None) -> str | None:

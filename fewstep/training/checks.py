@@ -13,7 +13,7 @@ from fewstep.environment import device_of
 from fewstep.metrics.clip_score import WEIGHTS as CLIP_WEIGHTS
 from fewstep.models.perception import check_lpips
 from fewstep.teachers.base import TEACHERS, Teacher
-from fewstep.teachers.pipelines import UNETS, pipeline_class
+from fewstep.teachers.pipelines import UNETS, is_place, pipeline_class
 from fewstep.teachers.published import Published
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG, PROMPTS
@@ -104,22 +104,25 @@ def check_family(config: RunConfig) -> None:
 
 
 def check_brought(config: RunConfig, loaded: bool) -> None:
-    """That prompts and pictures are named for a teacher that brings none, before it is fetched.
+    """That prompts and pictures are named for a teacher that brings none, before it is fetched from the hub.
 
     loaded: it is here already, and may bring anything.
     """
-    name = config.teacher
-    if loaded or not _pipeline(name):
+    source = config.teacher_options.get("source", config.teacher)
+    if loaded or not _pipeline(config.teacher):
+        return
+    if Path(source).exists():  # what is wrong with the folder comes first, and takes no time
+        pipeline_class(config.teacher, config.teacher_options.get("source"))
         return
     if not config.prompts:
-        raise ValueError(NO_PROMPTS.format(name))
+        raise ValueError(NO_PROMPTS.format(config.teacher))
     if "latents" in config.objective.needs and config.data is None:
-        raise ValueError(_no_reals(config, name))
+        raise ValueError(_no_reals(config, config.teacher))
 
 
 def _pipeline(name: str) -> bool:
     """Whether this is a diffusers pipeline, which brings nothing with it; the embedded teachers bring all."""
-    return name not in TEACHERS or isinstance(TEACHERS.get(name), Published)
+    return is_place(name) or (name in TEACHERS and isinstance(TEACHERS.get(name), Published))
 
 
 def check_lookers(config: RunConfig, loaded: bool) -> None:

@@ -24,10 +24,20 @@ def check_refused(result, *words: str) -> None:
     assert not missing, (missing, lines[0])
 
 
+SDXL = ("--teacher", "sdxl", "--set", "train.accumulate=1")
 FLAGS = {
     "teacher": (["--teacher", "mixtur"], ["'mixtur'", "Did you mean 'mixture'?", "gaussian", "--plugin"]),
     "teacher-path": (["--teacher", "/no/such/folder"], ["'/no/such/folder'", "Known:", "mixture"]),
     "hub-id": (["--teacher", "nobody/nothing"], ["'nobody/nothing'"]),
+    "published-without-prompts": ([*SDXL], ["'sdxl' brings no prompts", "--prompts FILE"]),
+    "published-without-pictures": (
+        [*SDXL, "--prompts", "README.md", "--set", "method.gan_weight=0.1"],
+        ["needs real samples (its GAN)", "'sdxl' brings none", "--data FOLDER", "method.gan_weight=0"],
+    ),
+    "published-source": (
+        [*SDXL, "--prompts", "README.md", "--set", "teacher.source=tests"],
+        ["tests is no diffusers pipeline folder", "model_index.json is missing"],
+    ),
     "method": (["--method", "dmmd2"], ["'dmmd2'", "Did you mean 'dmd2'?", "Known: ", "dmd, dmd2"]),
     "steps-negative": (["--num-steps", "-2"], ["num_steps must be >= 1", "-2"]),
     "steps-zero": (["--num-steps", "0"], ["num_steps must be >= 1", "0"]),
