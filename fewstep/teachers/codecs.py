@@ -11,9 +11,12 @@ from torch.nn.functional import pad
 
 from fewstep.types import Condition
 
+KNOWN = 2**28
+"""Bytes of embeddings that an encoder remembers."""
+
 
 class PipelineEncoder:
-    """Prompts to text embeddings, one prompt at a time, each once.
+    """Prompts to text embeddings, one prompt at a time, remembered as long as they are few.
 
     encode: a prompt -> its embedding as the pipeline makes it, [1, L, D].  One at a time because CogView4Pipeline pads
     to the longest prompt of the call: in a batch, a prompt's embedding would depend on its neighbours.
@@ -26,7 +29,10 @@ class PipelineEncoder:
     @torch.no_grad()
     def _row(self, prompt: str) -> Tensor:
         if prompt not in self._known:
-            self._known[prompt] = self._encode(prompt).detach()
+            made = self._encode(prompt).detach()
+            if len(self._known) * made.nbytes > KNOWN:
+                self._known.clear()
+            self._known[prompt] = made
         return self._known[prompt]
 
     def __call__(self, prompts: Sequence[str]) -> Condition:

@@ -8,7 +8,7 @@ seed + i, and each shard keeps its first one, so that another generator of rando
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from fewstep.diffusion import ode
 from fewstep.sampling import Advance, check_count, cycled, numbered_noise
-from fewstep.teachers.base import PromptEncoder, Teacher
+from fewstep.teachers.base import Teacher
 from fewstep.training.checkpoint import fingerprint, write_text
+from fewstep.training.embeddings import StoredConditions
 from fewstep.training.order import Order
 from fewstep.training.shards import Shards
-from fewstep.types import Pair
+from fewstep.types import Condition, Pair
 
 CARD, PROMPTS = "pairs.json", "prompts.json"
 SHARD = 1000
@@ -137,7 +138,9 @@ class PairData:
     Shards are read row by row; no more than a micro-batch lies in memory.
     """
 
-    def __init__(self, folder: Path, encode: PromptEncoder, seed: int) -> None:
+    def __init__(
+        self, folder: Path, encode: Callable[[Sequence[str]], Condition | StoredConditions], seed: int
+    ) -> None:
         self.card = read_card(folder)
         self.order = Order("pairs", seed, self.card.n)
         prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
