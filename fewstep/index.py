@@ -27,8 +27,21 @@ def build_index() -> dict[str, Any]:
         "methods": {
             name: {"summary": _summary(METHODS.get(name)), **_told(METHODS.get(name))} for name in METHODS.names()
         },
-        "teachers": {name: _summary(TEACHERS.get(name)) for name in TEACHERS.names()},
+        "teachers": {name: _brought(name, TEACHERS.get(name), METHODS.names()) for name in TEACHERS.names()},
     }
+
+
+def _brought(name: str, teacher: Any, methods: list[str]) -> dict[str, Any]:
+    """What there is to know of a teacher without loading it."""
+    from fewstep.config import recipe_of
+    from fewstep.teachers.published import Published
+
+    recipes = [method for method in methods if recipe_of(name, method)]
+    if not isinstance(teacher, Published):
+        return {"summary": _summary(teacher), "recipes": recipes}
+    about = f"{teacher.about} ({teacher.source})"
+    told = {"licence": teacher.licence, "parameters": teacher.parameters, "caution": teacher.caution}
+    return {"summary": about, "recipes": recipes, **told}
 
 
 def _summary(thing: Any) -> str:

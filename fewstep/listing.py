@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 NEEDS = {
     "latents": "real samples (the teacher's own, or --data)",
@@ -33,7 +33,7 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
     index = _index(plugins)
     methods, name = index["methods"], what.replace("-", "_")
     if what == "teachers":
-        return _table("teacher", "what it is", rows=list(index["teachers"].items()))
+        return _teachers(index["teachers"])
     if what == "methods":
         return _table("method", "what it is", rows=[(k, v["summary"]) for k, v in methods.items()])
     if what == "runs":
@@ -46,6 +46,24 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
         return Group(*_about(name, methods[name]), settings)
     raise LookupError(
         f"nothing called {what!r} to list; allowed: teachers, methods, runs, kernels, {', '.join(methods)}"
+    )
+
+
+def _teachers(teachers: dict[str, Any]) -> Group:
+    """Each with its size and licence, where it is a published one, and the methods that have a recipe for it."""
+    rows = [
+        (
+            name,
+            told["summary"] + (f"; {told['caution']}" if told.get("caution") else ""),
+            f"{told['parameters']}M" if "parameters" in told else "",
+            told.get("licence", ""),
+            ", ".join(told["recipes"]),
+        )
+        for name, told in teachers.items()
+    ]
+    return Group(
+        _table("teacher", "what it is", "parameters", "licence", "recipes", rows=rows),
+        "Any folder or hub id of a pipeline of theirs can be named, too; fewstep list NAME tells what a method needs.",
     )
 
 
@@ -87,7 +105,7 @@ def _index(plugins: bool) -> dict[str, Any]:
 
 
 def _table(*columns: str, rows: list[Any]) -> Table:
-    table = Table(*columns)
+    table = Table(*(Column(column, overflow="fold") for column in columns))
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     return table

@@ -63,10 +63,14 @@ KERNELS: dict[str, dict[str, str]] = {
     "score_difference_two": {
         REFERENCE: "fewstep_cuda.score_difference_two:reference",
         CPU: "fewstep_cuda.cpu.score_difference:launch_two",
+        TRITON: "fewstep_cuda.triton.score_difference:launch_two",
+        CUDA: "fewstep_cuda.cuda.score_difference:launch_two",
     },
     "score_identity": {
         REFERENCE: "fewstep_cuda.score_identity:reference",
         CPU: "fewstep_cuda.cpu.score_difference:launch_identity",
+        TRITON: "fewstep_cuda.triton.score_difference:launch_identity",
+        CUDA: "fewstep_cuda.cuda.score_difference:launch_identity",
     },
     "tangent_normalise": {
         REFERENCE: "fewstep_cuda.tangent_normalise:reference",

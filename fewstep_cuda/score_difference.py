@@ -138,6 +138,12 @@ def split(numel: int) -> tuple[float, float]:
     return 2 * mantissa, 2.0 ** (1 - exponent)
 
 
+def scales(numel: int) -> tuple[float, float, float]:
+    """share and power of `split`, and half, by which a sum of (gap / (n share))^2 is 0.5 mean(g^2)."""
+    share, power = split(numel)
+    return share, power, 0.5 * share**2 / numel
+
+
 def _scaled(behind: Tensor, gap: Tensor, floor: float) -> ScoreDifference:
     """behind: x - real; gap: fake - real; both [B, ...]."""
     n = normaliser(behind, floor)

@@ -49,14 +49,19 @@ def tiny_vae() -> Any:
     )
 
 
-def tiny_text(max_tokens: int) -> tuple[Any, Any]:
-    """The embedded teachers' tokenizer for that many tokens, and a CLIPTextModel of width 16."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
+def tiny_tokenizer(max_tokens: int) -> Any:
+    """The embedded teachers' tokenizer for that many tokens."""
     from fewstep.teachers.fashion_build.captions import build_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = max_tokens
+    return tokenizer
+
+
+def tiny_text(tokenizer: Any, *, projected: bool = False) -> Any:
+    """A CLIPTextModel of width 16, or one that projects the whole prompt to 16 numbers, too."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -65,11 +70,11 @@ def tiny_text(max_tokens: int) -> tuple[Any, Any]:
         projection_dim=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=max_tokens,
+        max_position_embeddings=tokenizer.model_max_length,
         eos_token_id=tokenizer.eos_token_id,
         **ids,
     )
-    return tokenizer, CLIPTextModel(text)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(text)
 
 
 def build(folder: Path, *, seed: int = 0, max_tokens: int = 16, **scheduler: Any) -> Path:
@@ -80,7 +85,8 @@ def build(folder: Path, *, seed: int = 0, max_tokens: int = 16, **scheduler: Any
     from diffusers import CogView4Pipeline, FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(seed)
-    tokenizer, text = tiny_text(max_tokens)
+    tokenizer = tiny_tokenizer(max_tokens)
+    text = tiny_text(tokenizer)
     pipe = CogView4Pipeline(
         tokenizer, text, tiny_vae(), tiny_transformer(), FlowMatchEulerDiscreteScheduler(**scheduler)
     )
@@ -88,8 +94,8 @@ def build(folder: Path, *, seed: int = 0, max_tokens: int = 16, **scheduler: Any
     return folder
 
 
-def tiny_unet() -> Any:
-    """A UNet2DConditionModel of width 8 and 16 on the tiny latents; text of width 16."""
+def tiny_unet(text: int = 16, **more: Any) -> Any:
+    """A UNet2DConditionModel of width 8 and 16 on the tiny latents; text of that width."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -101,9 +107,14 @@ def tiny_unet() -> Any:
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        cross_attention_dim=16,
+        cross_attention_dim=text,
         attention_head_dim=2,
+        **more,
     )
+
+
+BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+"""Stable Diffusion's."""
 
 
 def build_stable_diffusion(folder: Path, *, seed: int = 0, scheduler: str = "DDIMScheduler", **settings: Any) -> Path:
@@ -114,10 +125,9 @@ def build_stable_diffusion(folder: Path, *, seed: int = 0, scheduler: str = "DDI
     import diffusers
 
     torch.manual_seed(seed)
-    tokenizer, text = tiny_text(16)
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-    if scheduler == "DDIMScheduler":
-        betas |= {"set_alpha_to_one": False, "clip_sample": False}
+    tokenizer = tiny_tokenizer(16)
+    text = tiny_text(tokenizer)
+    betas = BETAS | ({"set_alpha_to_one": False, "clip_sample": False} if scheduler == "DDIMScheduler" else {})
     pipe = diffusers.StableDiffusionPipeline(
         tiny_vae(),
         text,
@@ -127,6 +137,28 @@ def build_stable_diffusion(folder: Path, *, seed: int = 0, scheduler: str = "DDI
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_stable_diffusion_xl(
+    folder: Path, *, seed: int = 0, scheduler: str = "EulerDiscreteScheduler", zeros: bool = True, **settings: Any
+) -> Path:
+    """Write a StableDiffusionXLPipeline on the same latents and pictures, its text 16 + 16 wide.  Returns it.
+
+    zeros: force_zeros_for_empty_prompt.  The rest as in `build_stable_diffusion`.
+    """
+    import diffusers
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(16)
+    texts = tiny_text(tokenizer), tiny_text(tokenizer, projected=True)
+    told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = tiny_unet(32, projection_class_embeddings_input_dim=6 * 8 + 16, **told)
+    noise = getattr(diffusers, scheduler)(**(BETAS | {"timestep_spacing": "leading"} | settings))
+    pipe = diffusers.StableDiffusionXLPipeline(
+        tiny_vae(), *texts, tokenizer, tokenizer, unet, noise, force_zeros_for_empty_prompt=zeros
     )
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -83,6 +83,11 @@ def sub(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict
     return _sum(mode, out, args, -kwargs.get("alpha", 1))
 
 
+def rsub(mode: Tangents, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """b - alpha a."""
+    return _sum(mode, out, (args[1], args[0]), -kwargs.get("alpha", 1))
+
+
 def _sum(mode: Tangents, out: Tensor, args: tuple[Any, ...], factor: float) -> Tensor | None:
     ta, tb = mode.of(args[0]), mode.of(args[1])
     if tb is None:
@@ -244,7 +249,7 @@ RULES: dict[str, Rule] = {
     "sub": sub,
     "div": div,
     "true_divide": div,
-    **dict.fromkeys(("rsub", "__rsub__"), by_slope(lambda x, y: -1)),
+    **dict.fromkeys(("rsub", "__rsub__"), rsub),
     **dict.fromkeys(("reciprocal", "__rdiv__", "__rtruediv__"), by_slope(lambda x, y: -y / x)),
     **dict.fromkeys(("pow", "__pow__"), power),
     "square": by_slope(lambda x, y: 2 * x),
@@ -264,6 +269,8 @@ RULES: dict[str, Rule] = {
     "group_norm": group_norm,
 }
 """By the function's name, which methods and functions share."""
+NAMED = {"other", "exponent", "mat2"}
+"""Second arguments, which rules read by place."""
 IN_PLACE = ("add", "sub", "mul", "div")
 AT_ONCE: dict[str, Callable[[Tangents, Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     "dropout": dropout,

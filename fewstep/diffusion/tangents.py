@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fewstep.diffusion.tangent_rules import AT_ONCE, IN_PLACE, LOSING, RULES, STILL, Lost, dual
+from fewstep.diffusion.tangent_rules import AT_ONCE, IN_PLACE, LOSING, NAMED, RULES, STILL, Lost, dual
 
 
 class Tangents(TorchFunctionMode):
@@ -61,17 +61,21 @@ class Tangents(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in AT_ONCE:
             return AT_ONCE[name](self, func, args, kwargs)
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
             return self._in_place(name.rstrip("_").lstrip("_"), func, args, kwargs)
         out = func(*args, **kwargs)
         found = out if isinstance(out, (tuple, list)) else (out,)
         if any(isinstance(x, Tensor) and x.is_floating_point() for x in found):
             with torch.no_grad():
-                rule = RULES.get(name, dual) if args else dual  # rules read what is given by place
-                self.remember(out, rule(self, func, out, args, kwargs))
+                self.remember(out, self._by_rule(name, func, out, args, kwargs))
         elif name == "to":
             raise Lost(f"a cast to {found[0].dtype}")
         return out
+
+    def _by_rule(self, name: str, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Rules read what is given by place."""
+        rule = RULES.get(name, dual) if args and not kwargs.keys() & NAMED else dual
+        return rule(self, func, out, args, kwargs)
 
     def _any(self, values: Iterable[Any]) -> bool:
         for value in values:
@@ -95,7 +99,7 @@ class Tangents(TorchFunctionMode):
                 self._tangents[x] = moved
 
     def _in_place(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """x += y, x *= y, x[i] = y: the tangent is that of the function that makes a new tensor.
+        """x += y, x *= y, x[i] = y, silu(x, inplace=True): the tangent is that of the function that makes a new tensor.
 
         It is computed first: afterwards x is no longer what the rule needs.  Tensors that share x's memory have changed
         with it; their tangents are not known any more, and using them raises.
@@ -104,9 +108,12 @@ class Tangents(TorchFunctionMode):
         with torch.no_grad():
             if name == "setitem":
                 tangent = self._assigned(*args)
+            elif kwargs.get("inplace"):
+                apart = kwargs | {"inplace": False}
+                tangent = self._by_rule(name, func, func(*args, **apart), args, apart)
             elif name in IN_PLACE:
                 plain = getattr(torch.Tensor, name)
-                tangent = RULES[name](self, plain, plain(*args, **kwargs), args, kwargs)
+                tangent = self._by_rule(name, plain, plain(*args, **kwargs), args, kwargs)
             else:
                 raise Lost(f"{func.__name__}, which changes its input")
         out = func(*args, **kwargs)

@@ -91,4 +91,27 @@ class UNet2DCondition(Backbone):
     def forward(self, x: Tensor, network_time: Tensor, cond: Condition) -> Tensor:
         """Raw prediction, [B, C, H, W]."""
         text = cond.tensors["text"].to(x.dtype)
-        return self.module(x, network_time, encoder_hidden_states=text, return_dict=False)[0]
+        return self.module(
+            x, network_time, encoder_hidden_states=text, added_cond_kwargs=self.added(x, cond), return_dict=False
+        )[0]
+
+    def added(self, x: Tensor, cond: Condition) -> dict[str, Tensor] | None:
+        """What the network is told besides time and text; nothing here."""
+        return None
+
+
+class UNet2DConditionXL(UNet2DCondition):
+    """UNet2DConditionModel of Stable Diffusion XL.  Condition: "text" [B, L, D]; "pooled" [B, P], the whole prompt's.
+
+    vae_scale: pixels per latent; the network is told the picture's size in pixels.
+    """
+
+    def __init__(self, module: nn.Module, last: int, vae_scale: int) -> None:
+        super().__init__(module, last)
+        self.vae_scale = vae_scale
+
+    def added(self, x: Tensor, cond: Condition) -> dict[str, Tensor]:
+        """The pooled text, and original size, crop and target size: those of an uncropped picture of x's size."""
+        height, width = x.shape[-2] * self.vae_scale, x.shape[-1] * self.vae_scale
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device)
+        return {"text_embeds": cond.tensors["pooled"].to(x.dtype), "time_ids": ids.expand(len(x), 6)}

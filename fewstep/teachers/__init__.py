@@ -3,6 +3,7 @@
 from fewstep.teachers import (  # noqa: F401 - register teachers, families and networks in pieces
     fashion,
     point_split,
+    published,
     stable_diffusion,
     transformers,
 )

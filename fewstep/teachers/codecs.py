@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,41 +16,46 @@ KNOWN = 2**28
 
 
 class PipelineEncoder:
-    """Prompts to text embeddings, one prompt at a time, remembered as long as they are few.
+    """Prompts to what the pipeline tells its network of them, one prompt at a time, remembered while they are few.
 
-    encode: a prompt -> its embedding as the pipeline makes it, [1, L, D].  One at a time because CogView4Pipeline pads
-    to the longest prompt of the call: in a batch, a prompt's embedding would depend on its neighbours.
+    encode: a prompt -> its tensors by name, [1, ...]; "text" are its tokens, [1, L, D].  One at a time because
+    CogView4Pipeline pads to the longest prompt of the call: in a batch, a prompt's embedding would depend on its
+    neighbours.
+    zeros: guidance leads away from zeros in place of the empty prompt.
     """
 
-    def __init__(self, encode: Callable[[str], Tensor]) -> None:
+    def __init__(self, encode: Callable[[str], Mapping[str, Tensor]], *, zeros: bool = False) -> None:
         self._encode = encode
-        self._known: dict[str, Tensor] = {}
+        self._zeros = zeros
+        self._known: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def _row(self, prompt: str) -> Tensor:
+    def _row(self, prompt: str) -> dict[str, Tensor]:
         if prompt not in self._known:
-            made = self._encode(prompt).detach()
-            if len(self._known) * made.nbytes > KNOWN:
+            made = {name: value.detach() for name, value in self._encode(prompt).items()}
+            if len(self._known) * sum(value.nbytes for value in made.values()) > KNOWN:
                 self._known.clear()
             self._known[prompt] = made
         return self._known[prompt]
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        """B prompts -> {"text": [B, L, D]}, and {"length": [B] int64} if they, or the empty prompt, differ in theirs.
+        """B prompts -> {"text": [B, L, D], ...}, and {"length": [B] int64} if they, or the empty one, differ in theirs.
 
         Shorter rows are padded with zeros to the longest; the network must be given `length` tokens of them only.
         """
         rows, null = [self._row(p) for p in prompts], self._row("")
-        longest = max(row.shape[1] for row in [*rows, null])
+        null = {name: torch.zeros_like(value) for name, value in null.items()} if self._zeros else null
+        lengths = {row["text"].shape[1] for row in [*rows, null]}
+        longest = max(lengths)
 
-        def stack(rows: list[Tensor]) -> dict[str, Tensor]:
-            text = torch.cat([pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
-            return {"text": text, "length": torch.tensor([row.shape[1] for row in rows])}
+        def stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            made = {name: torch.cat([row[name] for row in rows]) for name in null if name != "text"}
+            made["text"] = torch.cat([pad(row["text"], (0, 0, 0, longest - row["text"].shape[1])) for row in rows])
+            if len(lengths) > 1:  # telling lengths apart costs the network call a synchronisation
+                made["length"] = torch.tensor([row["text"].shape[1] for row in rows])
+            return made
 
-        tensors, empty = stack(rows), stack([null])
-        if all(row.shape[1] == longest for row in [*rows, null]):
-            del tensors["length"], empty["length"]  # telling lengths apart costs the network call a synchronisation
-        return Condition(tensors, empty)
+        return Condition(stack(rows), stack([null]))
 
 
 PIXELS = 2**18

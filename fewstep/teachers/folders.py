@@ -68,11 +68,12 @@ def _numbers_in(folder: Path) -> int:
 def contents(folder: Path, parts: Sequence[str]) -> str:
     """Tells apart the named parts of pipeline folders, such as "text_encoder" and its like (text_encoder_2).
 
-    The class of the pipeline, every small file, and of each file of weights its size and 256 blocks: enough for any
-    training, and cheap.  Where the folder lies does not count.
+    The pipeline's class and settings, every small file, and of each file of weights its size and 256 blocks: enough
+    for any training, and cheap.  Where the folder lies does not count.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    digest = hashlib.sha256(str(index["_class_name"]).encode())
+    settings = {name: value for name, value in index.items() if name == "_class_name" or not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     files = (p for part in folder.iterdir() if part.name.startswith(tuple(parts)) for p in part.rglob("*"))
     for path in sorted(path for path in files if path.is_file()):
         size = path.stat().st_size

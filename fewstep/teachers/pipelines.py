@@ -13,13 +13,17 @@ import torch
 from safetensors import SafetensorError
 
 from fewstep.registry import Registry
+from fewstep.teachers import hub
 from fewstep.teachers.base import TEACHERS, Teacher
 from fewstep.teachers.folders import check_folder, check_weights, quiet
 
 FAMILIES: Registry[Callable[..., Teacher]] = Registry("pipeline class")
 """Pipeline class name -> a function that makes a Teacher of the loaded pipeline."""
 
-UNETS = frozenset({"StableDiffusionPipeline"})
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of a teacher's weights, by the names that training's precision has, too."""
+
+UNETS = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
 """Families whose network is no chain of blocks."""
 
 
@@ -37,51 +41,70 @@ def load_teacher(name_or_path: str, **options: Any) -> Teacher:
         raise ValueError(f"teacher {name_or_path!r} with options {options}: {error}") from error
 
 
-def pipeline_class(name_or_path: str) -> str | None:
-    """The pipeline class of an embedded teacher or a local folder, before any weight is read; None of other teachers.
+def pipeline_class(name_or_path: str, source: str | None = None) -> str | None:
+    """The pipeline class of a registered teacher or a local folder, before any weight is read; None of other teachers.
 
-    Raises ValueError for a folder that is none.
+    source: the option of a published teacher.  Raises ValueError for a folder that is none.
     """
     from fewstep.teachers.fashion import WEIGHTS
 
     embedded = WEIGHTS / name_or_path
-    if name_or_path in TEACHERS:
-        return check_folder(embedded) if (embedded / "model_index.json").is_file() else None
-    return check_folder(Path(name_or_path)) if Path(name_or_path).is_dir() else None
+    if name_or_path not in TEACHERS or source is not None:
+        folder = Path(source or name_or_path)
+        return check_folder(folder) if folder.is_dir() else None
+    if (embedded / "model_index.json").is_file():
+        return check_folder(embedded)
+    return getattr(TEACHERS.get(name_or_path), "pipeline", None)
 
 
-def from_pipeline(source: str, *, revision: str | None = None) -> Teacher:
-    """Load a diffusers pipeline folder or hub id (weights in float32) and hand it to its family.
+def from_pipeline(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "fp32",
+    variant: str | None = None,
+    family: str | None = None,
+) -> Teacher:
+    """Load a diffusers pipeline folder or hub id and hand it to its family.
 
+    revision: the hub's branch, tag or commit.  dtype: fp32, bf16 or fp16, of the network and its text encoders; the
+    VAE stays float32, in which none overflows.  variant: of the weights' files, as "fp16".  family: the pipeline class
+    that it must have.
     Raises ValueError for what cannot be loaded, LookupError for a pipeline class of no known family: before its
     weights are fetched.
     """
-    options = {} if revision is None else {"revision": revision}
+    if dtype not in DTYPES:
+        raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     local = Path(source).exists()
-    if local:
-        FAMILIES.get(check_folder(Path(source)))
+    _known(check_folder(Path(source)) if local else _class_on_hub(source, revision), source, family)
     from diffusers import DiffusionPipeline
 
+    folder = Path(source) if local else hub.fetch(source, revision, variant)
+    dtypes: Any = {"default": DTYPES[dtype], "vae": torch.float32}
+    files = {"use_safetensors": True} | ({} if variant is None else {"variant": variant})
     try:
-        folder = Path(source) if local else _fetch(source, options)
         with quiet():  # after the hub's own bars
-            pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True)
+            pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **files)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
     make = FAMILIES.get(type(pipe).__name__)
     check_weights(pipe, str(folder))
     teacher = make(pipe, source)
     commit = None if local else _commit(folder)
+    given = {"revision": revision, "variant": variant, "dtype": None if dtype == "fp32" else dtype}
+    options = {name: value for name, value in given.items() if value is not None}
     return replace(teacher, card=replace(teacher.card, revision=commit), folder=folder, options=options)
 
 
-def _fetch(source: str, options: dict[str, Any]) -> Path:
-    """The hub's snapshot folder, once its small index has said that the family is known."""
-    from diffusers import DiffusionPipeline
+def _class_on_hub(source: str, revision: str | None) -> str:
+    return str(hub.fetch_index(source, revision).get("_class_name"))
 
-    index: Any = DiffusionPipeline.load_config(source, **options)
-    FAMILIES.get(str(index.get("_class_name")))
-    return Path(DiffusionPipeline.download(source, use_safetensors=True, **options))
+
+def _known(name: str, source: str, wanted: str | None) -> None:
+    """Raise LookupError for a class of no family, ValueError if it is not the wanted one."""
+    FAMILIES.get(name)
+    if wanted is not None and name != wanted:
+        raise ValueError(f"{source!r} is a {name}, and this teacher is a {wanted}; name a pipeline of that class")
 
 
 def _commit(snapshot: Path) -> str | None:

@@ -1,14 +1,16 @@
-"""Pipelines whose network is a UNet on a table of noise levels: Stable Diffusion 1.x and 2.x."""
+"""Pipelines whose network is a UNet on a table of noise levels: Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion import VPTable
-from fewstep.models.backbones import UNet2DCondition
+from fewstep.models.backbones import UNet2DCondition, UNet2DConditionXL
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import vgg_lpips
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
@@ -22,11 +24,42 @@ KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 @FAMILIES.register("StableDiffusionPipeline")
 def stable_diffusion(pipe: Any, source: str) -> Teacher:
-    """Stable Diffusion: one UNet, one text encoder, the scheduler's own betas; t = i / 999.
+    """Stable Diffusion 1.x and 2.x: a UNet and one text encoder."""
+    _check_unet(pipe.unet)
+
+    def encode(prompt: str) -> dict[str, Tensor]:
+        return {"text": pipe.encode_prompt(prompt, pipe.text_encoder.device, 1, False)[0]}
+
+    return _teacher(pipe, source, UNet2DCondition, PipelineEncoder(encode), guidance=7.5)
+
+
+@FAMILIES.register("StableDiffusionXLPipeline")
+def stable_diffusion_xl(pipe: Any, source: str) -> Teacher:
+    """Stable Diffusion XL: a UNet that hears of the picture's size, and two text encoders.
+
+    Guidance leads away from zeros, as its pipeline does if its force_zeros_for_empty_prompt says so, and as in DMD2;
+    else from the empty prompt.
+    """
+    _check_unet(pipe.unet, told="text_time")
+
+    def encode(prompt: str) -> dict[str, Tensor]:
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompt, device=pipe.text_encoder_2.device, do_classifier_free_guidance=False
+        )
+        return {"text": text, "pooled": pooled}
+
+    encoder = PipelineEncoder(encode, zeros=pipe.config.force_zeros_for_empty_prompt)
+    backbone = partial(UNet2DConditionXL, vae_scale=pipe.vae_scale_factor)
+    return _teacher(pipe, source, backbone, encoder, guidance=5.0)
+
+
+def _teacher(
+    pipe: Any, source: str, backbone: Callable[..., UNet2DCondition], encode: PipelineEncoder, *, guidance: float
+) -> Teacher:
+    """A teacher on its scheduler's own betas; t = i / 999.
 
     Whichever its scheduler, it is sampled by DDIM without fresh noise [arXiv:2010.02502], at that scheduler's times.
     """
-    _check_unet(pipe.unet)
     kind, ddim = _kind(pipe.scheduler), _ddim(pipe.scheduler)
     levels = pipe.scheduler.alphas_cumprod.double()
     if levels[-1] == 0:
@@ -34,9 +67,6 @@ def stable_diffusion(pipe: Any, source: str) -> Teacher:
     schedule = VPTable(tuple(levels.tolist()))
     size, last = pipe.unet.config.sample_size, len(levels) - 1
     height, width = (size, size) if isinstance(size, int) else size
-
-    def encode(prompt: str) -> Tensor:
-        return pipe.encode_prompt(prompt, pipe.text_encoder.device, 1, False)[0]
 
     def grid(steps: int) -> Tensor:
         """DDIM's own whole timesteps, then the end of its last step.
@@ -54,15 +84,15 @@ def stable_diffusion(pipe: Any, source: str) -> Teacher:
         return torch.cat([times, times.new_tensor([end])]).float()
 
     return Teacher(
-        denoiser=Denoiser(UNet2DCondition(pipe.unet, last), schedule, kind),
-        encode=PipelineEncoder(encode),
+        denoiser=Denoiser(backbone(pipe.unet, last), schedule, kind),
+        encode=encode,
         codec=VAECodec(pipe.vae),
         shape=(pipe.unet.config.in_channels, height, width),
         card=TeacherCard(source, source),
         prompts=(),
         grid=grid,
         solver="ddim",
-        guidance=7.5,
+        guidance=guidance,
         few_steps=FewSteps("unet", _few_steps, seeded=True),
         lpips=vgg_lpips,
     )
@@ -120,13 +150,20 @@ def _of(scheduler: Any, *names: str) -> dict[str, Any]:
     return {name: scheduler.config[name] for name in names if name in scheduler.config}
 
 
-def _check_unet(unet: Any) -> None:
-    """Raises ValueError for a UNet that is told more than time and text, or paints into a given picture."""
+def _check_unet(unet: Any, told: str | None = None) -> None:
+    """Raises ValueError for a UNet that is told more than time and text, or paints into a given picture.
+
+    told: the addition_embed_type that the family has.
+    """
     config = unet.config
-    more = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+    more = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
     used = [name for name in more if config.get(name) is not None]
+    used += ["addition_embed_type"] if config.get("addition_embed_type") != told else []
     if used:
-        raise ValueError(f"the UNet's {', '.join(used)} cannot be used here; it must be told time and text only")
+        raise ValueError(
+            f"the UNet's {', '.join(used)} cannot be used here; it must be told time and text only"
+            + (f", and have addition_embed_type {told!r}" if told else "")
+        )
     if config.in_channels != config.out_channels:
         raise ValueError(
             f"the UNet takes {config.in_channels} channels and gives {config.out_channels}; only text-to-image models, "

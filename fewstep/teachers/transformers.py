@@ -23,12 +23,13 @@ def cogview4(pipe: Any, source: str) -> Teacher:
     transformer = pipe.transformer.config
     shape = (transformer.in_channels, transformer.sample_size, transformer.sample_size)
 
-    def encode(prompt: str) -> Tensor:
+    def encode(prompt: str) -> dict[str, Tensor]:
         # Its default device is that of any component, which need not be the encoder's.
         place = pipe.text_encoder.device
-        return pipe.encode_prompt(
+        text, _ = pipe.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=_longest(pipe), device=place
-        )[0]
+        )
+        return {"text": text}
 
     def grid(steps: int) -> Tensor:
         """CogView4Pipeline's own times: integers from 1000 down to 1, shifted by the scheduler, then 0."""

@@ -14,6 +14,7 @@ from fewstep.metrics.clip_score import WEIGHTS as CLIP_WEIGHTS
 from fewstep.models.perception import check_lpips
 from fewstep.teachers.base import TEACHERS, Teacher
 from fewstep.teachers.pipelines import UNETS, pipeline_class
+from fewstep.teachers.published import Published
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG
 from fewstep.training.options import TrainConfig
@@ -22,6 +23,10 @@ from fewstep.training.prompts import copy_in, read_prompts
 from fewstep.types import Need
 from fewstep_cuda import dispatch
 
+NO_PROMPTS = (
+    "teacher {!r} brings no prompts to distil on, and the empty one alone would teach a student nothing about any "
+    "other; give --prompts FILE, one prompt per line"
+)
 NO_CLIP = (
     "method.clip_weight needs a CLIP, and teacher {!r} brings none; give --set method.clip=FOLDER of a transformers "
     "CLIPModel, or --set method.clip_weight=0"
@@ -86,12 +91,34 @@ def check_student(config: RunConfig, resume: bool) -> None:
 
 
 def check_family(config: RunConfig) -> None:
-    """Before its weights are read, for a teacher that is here."""
-    if "blocks" in config.objective.needs and pipeline_class(config.teacher) in UNETS:
+    """Before its weights are read, for a teacher of which that much is known."""
+    if (
+        "blocks" in config.objective.needs
+        and pipeline_class(config.teacher, config.teacher_options.get("source")) in UNETS
+    ):
         raise ValueError(
             f"method {config.method!r} runs a transformer's last blocks apart, and {config.teacher!r} is a UNet; take "
             "a transformer, as fashion-dit, or another method, as dmd2"
         )
+
+
+def check_brought(config: RunConfig, loaded: bool) -> None:
+    """That prompts and pictures are named for a teacher that brings none, before it is fetched.
+
+    loaded: it is here already, and may bring anything.
+    """
+    name = config.teacher
+    if loaded or not _pipeline(name):
+        return
+    if not config.prompts:
+        raise ValueError(NO_PROMPTS.format(name))
+    if "latents" in config.objective.needs and config.data is None:
+        raise ValueError(_no_reals(config, name))
+
+
+def _pipeline(name: str) -> bool:
+    """Whether this is a diffusers pipeline, which brings nothing with it; the embedded teachers bring all."""
+    return name not in TEACHERS or isinstance(TEACHERS.get(name), Published)
 
 
 def check_lookers(config: RunConfig, loaded: bool) -> None:
@@ -100,7 +127,7 @@ def check_lookers(config: RunConfig, loaded: bool) -> None:
     loaded: it is already, and may bring anything.
     """
     needs, clip = config.objective.needs, config.to_dict()["method"].get("clip")
-    foreign = config.teacher not in TEACHERS and not loaded
+    foreign = _pipeline(config.teacher) and not loaded
     if "lpips" in needs and foreign:
         check_lpips()
     if clip is not None and not (Path(clip) / CLIP_WEIGHTS).is_file():
@@ -124,10 +151,7 @@ def check_weights(card: PairsCard | None, teacher: Teacher, folder: str | None) 
 def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> None:
     """That teacher and prompts supply what the method reads."""
     if not prompts:
-        raise ValueError(
-            f"teacher {teacher.card.name!r} brings no prompts to distil on, and the empty one alone would teach a "
-            "student nothing about any other; give --prompts FILE, one prompt per line"
-        )
+        raise ValueError(NO_PROMPTS.format(teacher.card.name))
     needs, settings = config.objective.needs, config.to_dict()["method"]
     for need, what, off in (
         ("lpips", "LPIPS compares", "distance=mse"),
@@ -144,14 +168,7 @@ def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> 
             f"method {config.method!r} needs {', '.join(sorted(missing))}, which this version cannot supply"
         )
     if "latents" in needs and config.data is None and teacher.reals is None:
-        method: Any = config.objective
-        off = {f.name: f.default for f in fields(method) if f.name.startswith(("gan_", "r1_"))} | {"gan_weight": 0.0}
-        gan = "gan_weight" in settings and "latents" not in replace(method, **off).needs
-        leave = ", or --set method.gan_weight=0" if gan else ""
-        raise ValueError(
-            f"method {config.method!r} with these settings needs real samples{' (its GAN)' if leave else ''}, and "
-            f"teacher {teacher.card.name!r} brings none; give --data FOLDER with captioned pictures{leave}"
-        )
+        raise ValueError(_no_reals(config, teacher.card.name))
     for name in ("guidance", "fake_guidance", "pretraining_guidance"):
         scale = settings.get(name)  # a method may have none
         if scale not in (None, 1) and not teacher.encode(prompts[:1]).null:
@@ -159,6 +176,19 @@ def check_needs(config: RunConfig, teacher: Teacher, prompts: Sequence[str]) -> 
                 f"method.{name} = {scale}, but teacher {teacher.card.name!r} has no unconditional branch; "
                 f"use --set method.{name}=1"
             )
+
+
+def _no_reals(config: RunConfig, name: str) -> str:
+    """What to do for a method that needs real samples."""
+    method: Any = config.objective
+    settings = config.to_dict()["method"]
+    off = {f.name: f.default for f in fields(method) if f.name.startswith(("gan_", "r1_"))} | {"gan_weight": 0.0}
+    gan = "gan_weight" in settings and "latents" not in replace(method, **off).needs
+    leave = ", or --set method.gan_weight=0" if gan else ""
+    return (
+        f"method {config.method!r} with these settings needs real samples{' (its GAN)' if leave else ''}, and "
+        f"teacher {name!r} brings none; give --data FOLDER with captioned pictures{leave}"
+    )
 
 
 def check_surroundings(config: TrainConfig) -> None:

@@ -165,7 +165,7 @@ def card_of(teacher: Teacher, prompts: Sequence[str], negative_prompt: str | Non
     The content of its encoders where they come from a folder, wherever that lies; else its name, its options and what
     it makes of the first two of the prompts.
     """
-    options = {name: value for name, value in teacher.options.items() if name != "revision"}
+    options = {name: value for name, value in teacher.options.items() if name not in ("source", "revision")}
     card: dict[str, Any] = {"options": options, "negative_prompt": negative_prompt}
     if teacher.folder is not None:
         return card | {"weights": contents(teacher.folder, ("text_encoder", "tokenizer"))}

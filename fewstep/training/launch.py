@@ -29,6 +29,7 @@ from fewstep.teachers.base import Teacher
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG, PROMPTS
 from fewstep.training.checks import (
+    check_brought,
     check_family,
     check_lookers,
     check_needs,
@@ -85,6 +86,7 @@ def prepare(
     check_student(config, resume)
     check_family(config)
     check_lookers(config, isinstance(load, Teacher))
+    check_brought(config, isinstance(load, Teacher))
     start = _open_folder(config, out, resume, overwrite)
     teacher = load if isinstance(load, Teacher) else load()
     check_weights(card, teacher, config.pairs)

@@ -188,11 +188,11 @@ Identity first_identity(const float* __restrict x, const float* __restrict real,
     float behind = 0.0f, product = 0.0f;
 #pragma omp simd reduction(+ : behind, product)
     for (int64_t i = start; i < end; ++i) {
-      const float apart = real[i] - fake[i], away = real[i] - x[i], rest = away - alpha * apart;
-      d[i] = apart;
-      m[i] = rest;
-      behind += std::fabs(away);
-      product += apart * rest;
+      const FsIdentity found = fs_identity(x[i], real[i], fake[i], alpha);
+      d[i] = found.d;
+      m[i] = found.m;
+      behind += std::fabs(found.away);
+      product += found.d * found.m;
     }
     sums.behind += behind;
     sums.product += product;
@@ -204,10 +204,10 @@ void scale_identity(float* __restrict x, float* __restrict real, float* __restri
                     float rest, float factor, float power) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float d = x[i] * factor, m = real[i] * factor;
-    x[i] = -d * power;
-    real[i] = (m + rest * d) * power;
-    fake[i] = (alpha * d - m) * power;
+    const FsGrads grads = fs_identity_grads(x[i] * factor, real[i] * factor, alpha, rest, power);
+    x[i] = grads.x;
+    real[i] = grads.real;
+    fake[i] = grads.fake;
   }
 }
 

@@ -22,6 +22,25 @@ FS_HD FsPair fs_from_raw(float x, float x_t, float fake, float cond, float uncon
   return {shifted ? behind - p * x_t : behind, q * (fake - real)};
 }
 
+// SiD's d = real - fake and m = away - alpha d; away = real - x, of which the normaliser is made.
+struct FsIdentity {
+  float away, d, m;
+};
+
+FS_HD FsIdentity fs_identity(float x, float real, float fake, float alpha) {
+  const float away = real - x, d = real - fake;
+  return {away, d, away - alpha * d};
+}
+
+struct FsGrads {
+  float x, real, fake;
+};
+
+// By each, from d and m by the factor below.  rest: 1 - alpha.
+FS_HD FsGrads fs_identity_grads(float d, float m, float alpha, float rest, float power) {
+  return {-d * power, (m + rest * d) * power, (alpha * d - m) * power};
+}
+
 // Of one sample, from the sum of |behind| over its `size` elements.  NaN stays NaN, as no comparison holds for it;
 // infinity becomes NaN: dividing by it would make the gradient a silent zero.
 FS_HD double fs_normaliser(double sum, double size, double floor) {

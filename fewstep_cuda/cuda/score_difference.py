@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fewstep_cuda.contract import together
 from fewstep_cuda.cuda.build import library
-from fewstep_cuda.score_difference import ScoreDifference, split
+from fewstep_cuda.score_difference import ScoreDifference, scales
+from fewstep_cuda.score_difference_two import TwoDifferences
+from fewstep_cuda.score_identity import ScoreIdentity
 from fewstep_cuda.tangent_normalise import Norm
 
 SPAN = 4096
@@ -23,6 +25,8 @@ SIGNATURES: dict[str, Sequence[Any]] = {
     "fs_score_difference": (INT, P, P, P, P, P, I64, I64, P),
     "fs_score_difference_from_raw": (INT, P, P, P, P, P, P, P, F64, P, P, I64, I64, P),
     "fs_scale": (P, P, P, P, I64, I64, F64, F64, F64, F64, P),
+    "fs_score_difference_two": (INT, P, P, P, P, P, F64, P, P, P, P, I64, I64, F64, F64, F64, F64, P),
+    "fs_score_identity": (INT, P, P, P, F64, P, P, P, P, P, P, I64, I64, F64, F64, F64, P),
     "fs_tangent_normalise": (INT, P, P, P, P, I64, I64, F64, F64, P),
 }
 
@@ -55,6 +59,30 @@ def launch_from_raw(
     return _scaled(gap, partial, floor)
 
 
+def launch_two(
+    x: Tensor, real: Tensor, fake: Tensor, cond: Tensor, uncond: Tensor, strength: float, floor: float
+) -> TwoDifferences:
+    """`score_difference_two`."""
+    kind, inputs = _alike(x, real, fake, cond, uncond)
+    grad, partial = _buffers(x, 2)
+    weight, value = grad.new_empty(2, len(x)), torch.empty_like(partial)
+    outputs = grad, partial, weight, value, *_sizes(x)
+    _call(x, "fs_score_difference_two", kind, *inputs, strength, *outputs, floor, *scales(x.numel()))
+    return TwoDifferences(grad, weight, value.sum((1, 2)))
+
+
+def launch_identity(x: Tensor, real_x0: Tensor, fake_x0: Tensor, alpha: float, floor: float) -> ScoreIdentity:
+    """`score_identity`."""
+    kind, inputs = _alike(x, real_x0, fake_x0)
+    grad_x, partial = _buffers(x)
+    grads = grad_x, torch.empty_like(grad_x), torch.empty_like(grad_x)
+    weight, value = grad_x.new_empty(len(x)), torch.empty_like(partial)
+    share, power, _ = scales(x.numel())
+    outputs = *grads, partial, weight, value, *_sizes(x)
+    _call(x, "fs_score_identity", kind, *inputs, alpha, *outputs, floor, share, power)
+    return ScoreIdentity(value.sum(), weight, *grads)
+
+
 def launch_normalise(g: Tensor, c: float, norm: Norm) -> tuple[Tensor, Tensor]:
     """`tangent_normalise`."""
     kind, (given,) = _alike(g)
@@ -67,10 +95,8 @@ def launch_normalise(g: Tensor, c: float, norm: Norm) -> tuple[Tensor, Tensor]:
 
 def _scaled(grad: Tensor, partial: Tensor, floor: float) -> ScoreDifference:
     """The second kernel, over the unscaled gap; it is used up."""
-    share, power = split(grad.numel())
     weight, value = grad.new_empty(len(grad)), torch.empty_like(partial)
-    scales = floor, share, power, 0.5 * share**2 / grad.numel()
-    _call(grad, "fs_scale", grad, partial, weight, value, *_sizes(grad), *scales)
+    _call(grad, "fs_scale", grad, partial, weight, value, *_sizes(grad), floor, *scales(grad.numel()))
     return ScoreDifference(grad, weight, value.sum())
 
 
@@ -97,11 +123,11 @@ def _alike(*tensors: Tensor) -> tuple[int, list[Tensor]]:
     return KINDS[found[0].dtype], found
 
 
-def _buffers(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and one number for each block."""
+def _buffers(x: Tensor, terms: int = 1) -> tuple[Tensor, Tensor]:
+    """The output, and one number for each term and block: [terms, B, blocks]."""
     batch, size = _sizes(x)
     gap = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    return gap, gap.new_empty(batch, -(-size // SPAN))
+    return gap, gap.new_empty(terms, batch, -(-size // SPAN))
 
 
 def _sizes(x: Tensor) -> tuple[int, int]:

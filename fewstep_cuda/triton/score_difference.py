@@ -1,39 +1,39 @@
 """Triton kernels of matching: partial sums of each block into a buffer, then a second pass that scales.
 
-Deterministic: no atomics, and every program adds its sample's partial sums in the same order.  float32 whatever the
-inputs are.  Batch and length are runtime integers; only whether 16 divides them makes another variant.
 Compiled ahead of time for sm_80, 90 and 100 (RESOURCES.md) and run in the interpreter; not yet on a device.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep_cuda.score_difference import ScoreDifference, split
+from fewstep_cuda.score_difference import ScoreDifference, scales
+from fewstep_cuda.score_difference_two import TwoDifferences
+from fewstep_cuda.score_identity import ScoreIdentity
 from fewstep_cuda.tangent_normalise import Norm
-
-BLOCK = 4096
-WARPS = 8
+from fewstep_cuda.triton.blocks import (
+    buffer,
+    elements,
+    factor,
+    length,
+    output,
+    parts,
+    put,
+    read,
+    run,
+    total,
+)
 
 
 @triton.jit
 def first_plain(x, real, fake, gap, partial, size, BLOCK: tl.constexpr):
-    """gap = fake - real, and the block's sum of |x - real|.  Grid: blocks of a sample, samples."""
-    block, sample = tl.program_id(0), tl.program_id(1)
-    within = block * BLOCK + tl.arange(0, BLOCK)
-    inside = within < size
-    at = sample.to(tl.int64) * size + within
-    r = tl.load(real + at, mask=inside, other=0.0).to(tl.float32)
-    f = tl.load(fake + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(gap + at, f - r, mask=inside)
-    behind = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - r
-    tl.store(partial + sample * tl.num_programs(0) + block, tl.sum(tl.abs(behind), 0))
+    """gap = fake - real, and the block's sum of |x - real|."""
+    at, inside = elements(size, BLOCK)
+    r = read(real, at, inside)
+    tl.store(gap + at, read(fake, at, inside) - r, mask=inside)
+    put(partial, 0, tl.sum(tl.abs(read(x, at, inside) - r), 0))
 
 
 @triton.jit
@@ -41,40 +41,16 @@ def first_raw(
     x, x_t, fake, cond, uncond, p, q, guidance, gap, partial, size, BLOCK: tl.constexpr, GUIDED: tl.constexpr
 ):
     """The same of what the networks answered: real = uncond + guidance (cond - uncond), x0 = p x_t + q raw."""
-    block, sample = tl.program_id(0), tl.program_id(1)
-    within = block * BLOCK + tl.arange(0, BLOCK)
-    inside = within < size
-    at = sample.to(tl.int64) * size + within
-    a, b = tl.load(p + sample), tl.load(q + sample)
-    real = tl.load(cond + at, mask=inside, other=0.0).to(tl.float32)
+    at, inside = elements(size, BLOCK)
+    a, b = tl.load(p + tl.program_id(1)), tl.load(q + tl.program_id(1))
+    real = read(cond, at, inside)
     if GUIDED:
-        u = tl.load(uncond + at, mask=inside, other=0.0).to(tl.float32)
+        u = read(uncond, at, inside)
         real = u + guidance * (real - u)
-    f = tl.load(fake + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(gap + at, b * (f - real), mask=inside)
+    tl.store(gap + at, b * (read(fake, at, inside) - real), mask=inside)
     # Where p is 0 x_t takes no part, and what is not finite in it must not.
-    shift = tl.where(a == 0.0, 0.0, a * tl.load(x_t + at, mask=inside, other=0.0).to(tl.float32))
-    behind = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - b * real - shift
-    tl.store(partial + sample * tl.num_programs(0) + block, tl.sum(tl.abs(behind), 0))
-
-
-@triton.jit
-def squares(g, partial, size, BLOCK: tl.constexpr):
-    """The block's sum of g^2."""
-    block, sample = tl.program_id(0), tl.program_id(1)
-    within = block * BLOCK + tl.arange(0, BLOCK)
-    given = tl.load(g + sample.to(tl.int64) * size + within, mask=within < size, other=0.0).to(tl.float32)
-    tl.store(partial + sample * tl.num_programs(0) + block, tl.sum(given * given, 0))
-
-
-@triton.jit
-def total(partial, blocks, PARTS: tl.constexpr):
-    """The sum of a sample's partial sums, by every program in the same order."""
-    lanes = tl.arange(0, PARTS)
-    found = tl.zeros([PARTS], dtype=tl.float32)
-    for start in range(0, blocks, PARTS):
-        found += tl.load(partial + start + lanes, mask=start + lanes < blocks, other=0.0)
-    return tl.sum(found, 0)
+    shift = tl.where(a == 0.0, 0.0, a * read(x_t, at, inside))
+    put(partial, 0, tl.sum(tl.abs(read(x, at, inside) - b * real - shift), 0))
 
 
 @triton.jit
@@ -83,44 +59,88 @@ def scale(grad, partial, weight, value, size, floor, share, power, half, BLOCK: 
 
     numel = share / power, half = 0.5 share^2 / numel.
     """
-    block, sample = tl.program_id(0), tl.program_id(1)
-    blocks = tl.num_programs(0)
-    n = tl.div_rn(total(partial + sample * blocks, blocks, PARTS), size * 1.0)
-    n = tl.where(n < floor, floor, n)  # NaN stays: no comparison holds for it
-    n = n + 0.0 * n  # infinite -> NaN
-    factor = tl.div_rn(1.0, n * share)
-    within = block * BLOCK + tl.arange(0, BLOCK)
-    inside = within < size
-    at = sample.to(tl.int64) * size + within
-    g = tl.load(grad + at, mask=inside, other=0.0) * factor
+    by = factor(partial, weight, 0, size, floor, share, PARTS)
+    at, inside = elements(size, BLOCK)
+    g = read(grad, at, inside) * by
     tl.store(grad + at, g * power, mask=inside)
-    # A masked lane would be 0 * NaN.
-    tl.store(value + sample * blocks + block, half * tl.sum(tl.where(inside, g * g, 0.0), 0))
-    if block == 0:
-        tl.store(weight + sample, tl.div_rn(1.0, n))
+    put(value, 0, half * tl.sum(g * g, 0))
+
+
+@triton.jit
+def apart(x, real, cond, partial, size, BLOCK: tl.constexpr, TWO: tl.constexpr):
+    """The block's sum of |x - real|, and, where there are TWO terms, that of |x - cond|."""
+    at, inside = elements(size, BLOCK)
+    given = read(x, at, inside)
+    put(partial, 0, tl.sum(tl.abs(given - read(real, at, inside)), 0))
+    if TWO:
+        put(partial, 1, tl.sum(tl.abs(given - read(cond, at, inside)), 0))
+
+
+@triton.jit
+def scale_two(
+    real, fake, cond, uncond, grad, partial, weight, value, size, strength, floor, share, power, half,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """grad = ((fake - real) / n(real) + strength (uncond - cond) / n(cond)) / numel, and of each term what `scale` has.
+
+    Both gaps are read again: to keep them for this pass would take two buffers, and more bytes.
+    """
+    dm = factor(partial, weight, 0, size, floor, share, PARTS)
+    ca = strength * factor(partial, weight, 1, size, floor, share, PARTS)
+    at, inside = elements(size, BLOCK)
+    a = (read(fake, at, inside) - read(real, at, inside)) * dm
+    b = (read(uncond, at, inside) - read(cond, at, inside)) * ca
+    tl.store(grad + at, (a + b) * power, mask=inside)
+    put(value, 0, half * tl.sum(a * a, 0))
+    put(value, 1, half * tl.sum(b * b, 0))
+
+
+@triton.jit
+def scale_identity(
+    x, real, fake, grad_x, grad_real, grad_fake, partial, weight, value, size, alpha, rest, floor, share, power,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The three gradients of mean(d m / n), d = real - fake, m = (real - x) - alpha d, and the block's share of it.
+
+    rest = 1 - alpha.
+    """
+    by = factor(partial, weight, 0, size, floor, share, PARTS)
+    at, inside = elements(size, BLOCK)
+    r = read(real, at, inside)
+    d = r - read(fake, at, inside)
+    m = (r - read(x, at, inside)) - alpha * d
+    d = d * by  # before it meets m: their product alone may leave float32
+    put(value, 0, power * tl.sum(d * m, 0))
+    m = m * by
+    tl.store(grad_x + at, -d * power, mask=inside)
+    tl.store(grad_real + at, (m + rest * d) * power, mask=inside)
+    tl.store(grad_fake + at, (alpha * d - m) * power, mask=inside)
+
+
+@triton.jit
+def squares(g, partial, size, BLOCK: tl.constexpr):
+    """The block's sum of g^2."""
+    at, inside = elements(size, BLOCK)
+    given = read(g, at, inside)
+    put(partial, 0, tl.sum(given * given, 0))
 
 
 @triton.jit
 def divide(g, out, partial, norm, size, count, c, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """out = g / (|g| + c), |g|^2 the sum of squares by count."""
-    block, sample = tl.program_id(0), tl.program_id(1)
-    blocks = tl.num_programs(0)
-    root = tl.sqrt_rn(tl.div_rn(total(partial + sample * blocks, blocks, PARTS), count))
+    root = tl.sqrt_rn(tl.div_rn(total(partial, 0, PARTS), count))
     root = root + 0.0 * root  # infinite -> NaN
-    within = block * BLOCK + tl.arange(0, BLOCK)
-    inside = within < size
-    at = sample.to(tl.int64) * size + within
-    given = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, tl.div_rn(given, root + c), mask=inside)
-    if block == 0:
-        tl.store(norm + sample, root)
+    at, inside = elements(size, BLOCK)
+    tl.store(out + at, tl.div_rn(read(g, at, inside), root + c), mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(norm + tl.program_id(1), root)
 
 
 def launch(x: Tensor, real_x0: Tensor, fake_x0: Tensor, floor: float) -> ScoreDifference:
     """`score_difference`."""
-    grad, partial, size = _buffers(x)
-    _run(first_plain, x, real_x0, fake_x0, grad, partial, size)
-    return _scaled(grad, partial, size, floor)
+    grad, partial = output(x), buffer(x)
+    run(first_plain, x, real_x0, fake_x0, grad, partial, length(x))
+    return _scaled(grad, partial, floor)
 
 
 def launch_from_raw(
@@ -135,48 +155,48 @@ def launch_from_raw(
     floor: float,
 ) -> ScoreDifference:
     """`score_difference_from_raw`.  p, q: [B], of x0 = p x_t + q raw."""
-    grad, partial, size = _buffers(x)
+    grad, partial = output(x), buffer(x)
     inputs = x, x_t, fake, cond, cond if uncond is None else uncond
-    _run(first_raw, *inputs, p.to(grad), q.to(grad), float(guidance), grad, partial, size, GUIDED=uncond is not None)
-    return _scaled(grad, partial, size, floor)
+    levels = p.to(grad), q.to(grad), float(guidance)
+    run(first_raw, *inputs, *levels, grad, partial, length(x), GUIDED=uncond is not None)
+    return _scaled(grad, partial, floor)
+
+
+def launch_two(
+    x: Tensor, real: Tensor, fake: Tensor, cond: Tensor, uncond: Tensor, strength: float, floor: float
+) -> TwoDifferences:
+    """`score_difference_two`."""
+    grad, partial, value, size = output(x), buffer(x, 2), buffer(x, 2), length(x)
+    weight = grad.new_empty(2, len(x))
+    run(apart, x, real, cond, partial, size, TWO=True)
+    outputs = grad, partial, weight, value, size
+    run(scale_two, real, fake, cond, uncond, *outputs, float(strength), floor, *scales(x.numel()), PARTS=parts(partial))
+    return TwoDifferences(grad, weight, value.sum((1, 2)))
+
+
+def launch_identity(x: Tensor, real_x0: Tensor, fake_x0: Tensor, alpha: float, floor: float) -> ScoreIdentity:
+    """`score_identity`."""
+    grads, partial, value, size = [output(x) for _ in range(3)], buffer(x), buffer(x), length(x)
+    weight = grads[0].new_empty(len(x))
+    run(apart, x, real_x0, real_x0, partial, size, TWO=False)
+    share, power, _ = scales(x.numel())
+    settings = float(alpha), 1.0 - alpha, floor, share, power
+    outputs = *grads, partial, weight, value, size
+    run(scale_identity, x, real_x0, fake_x0, *outputs, *settings, PARTS=parts(partial))
+    return ScoreIdentity(value.sum(), weight, *grads)
 
 
 def launch_normalise(g: Tensor, c: float, norm: Norm) -> tuple[Tensor, Tensor]:
     """`tangent_normalise`."""
-    out, partial, size = _buffers(g)
+    out, partial, size = output(g), buffer(g), length(g)
     found, count = out.new_empty(len(g)), float(size if norm == "mean" else 1)
-    _run(squares, g, partial, size)
-    _run(divide, g, out, partial, found, size, count, float(c), PARTS=_parts(partial))
+    run(squares, g, partial, size)
+    run(divide, g, out, partial, found, size, count, float(c), PARTS=parts(partial))
     return out, found
 
 
-def _scaled(grad: Tensor, partial: Tensor, size: int, floor: float) -> ScoreDifference:
+def _scaled(grad: Tensor, partial: Tensor, floor: float) -> ScoreDifference:
     """The second pass, over the unscaled gap; it is used up."""
-    share, power = split(grad.numel())
-    weight, value = grad.new_empty(len(grad)), torch.empty_like(partial)
-    scales = floor, share, power, 0.5 * share**2 / grad.numel()
-    _run(scale, grad, partial, weight, value, size, *scales, PARTS=_parts(partial))
+    weight, value = grad.new_empty(len(grad)), buffer(grad)
+    run(scale, grad, partial, weight, value, length(grad), floor, *scales(grad.numel()), PARTS=parts(partial))
     return ScoreDifference(grad, weight, value.sum())
-
-
-def _run(kernel: Any, x: Tensor, *arguments: Any, **constants: Any) -> None:
-    """A kernel over the blocks of x's samples, on x's device.  Tensors go contiguous; outputs are it by making."""
-    given = [value.contiguous() if isinstance(value, Tensor) else value for value in (x, *arguments)]
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[_grid(x)](*given, BLOCK=BLOCK, num_warps=WARPS, **constants)
-
-
-def _buffers(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The output, one number for each block, and the length of a sample."""
-    blocks, samples = _grid(x)
-    grad = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    return grad, grad.new_empty(samples, blocks), x.numel() // samples
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x.numel() // len(x), BLOCK), len(x)
-
-
-def _parts(partial: Tensor) -> int:
-    """Lanes that add a sample's partial sums: few variants, and no long loop."""
-    return 32 if partial.shape[1] <= 32 else 1024

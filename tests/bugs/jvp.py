@@ -6,9 +6,6 @@ from tests.bugs.mutant import Mutant
 
 JVP = "fewstep/diffusion/jvp.py"
 TESTS = "tests/unit/diffusion/test_jvp.py"
-TANGENTS = "fewstep/diffusion/tangents.py"
-RULES = "fewstep/diffusion/tangent_rules.py"
-OF_RULES = "tests/unit/diffusion/test_tangents.py"
 
 MUTANTS = (
     Mutant(
@@ -259,86 +256,5 @@ MUTANTS = (
         " or tangent.shape != primal.shape:",
         ":",
         (f"{TESTS}::test_what_does_not_fit_is_refused",),
-    ),
-    Mutant(
-        "tangents-recorded",
-        "tangents",
-        "rules are recorded: the loss keeps the tangent's graph",
-        TANGENTS,
-        "            with torch.no_grad():\n                rule = RULES",
-        "            with torch.enable_grad():\n                rule = RULES",
-        (f"{OF_RULES}::test_values_are_recorded_and_tangents_are_not",),
-    ),
-    Mutant(
-        "tangents-quotient",
-        "tangents",
-        "the quotient's rule forgets the denominator's square",
-        RULES,
-        "change = ta if tb is None else -out * tb if ta is None else ta - out * tb",
-        "change = ta if tb is None else -args[0] * tb if ta is None else ta - args[0] * tb",
-        (f"{OF_RULES}::test_the_tangent_is_that_of_dual_numbers",),
-    ),
-    Mutant(
-        "tangents-centred",
-        "tangents",
-        "a norm's tangent is not centred",
-        RULES,
-        "change = tangent - tangent.mean(-1, keepdim=True)",
-        "change = tangent",
-        (f"{OF_RULES}::test_the_tangent_is_that_of_dual_numbers",),
-    ),
-    Mutant(
-        "tangents-bias",
-        "tangents",
-        "a linear layer's tangent gets the bias, too",
-        RULES,
-        "args = (*args[:2], None, *args[3:]) if len(args) > 2 else args",
-        "args = tuple(args)",
-        (f"{OF_RULES}::test_the_tangent_is_that_of_dual_numbers", f"{TESTS}::test_embedded_teachers"),
-    ),
-    Mutant(
-        "tangents-stale",
-        "tangents",
-        "a view keeps its tangent when its memory changes",
-        TANGENTS,
-        "            self._tangents[other] = None",
-        "            pass",
-        (f"{OF_RULES}::test_a_view_of_what_was_changed_in_place_is_not_used",),
-    ),
-    Mutant(
-        "tangents-silent",
-        "tangents",
-        "an integer cast loses the tangent without a word",
-        TANGENTS,
-        "        if name in LOSING:",
-        "        if name in STILL:",
-        (f"{OF_RULES}::test_what_would_lose_a_derivative_raises",),
-    ),
-    Mutant(
-        "tangents-mask",
-        "tangents",
-        "dropout's tangent has a mask of its own",
-        RULES,
-        "            _set_random_state(x, before)",
-        "            pass",
-        (f"{OF_RULES}::test_dropout_has_one_mask",),
-    ),
-    Mutant(
-        "tangents-kept",
-        "tangents",
-        "tangents live as long as the graph",
-        TANGENTS,
-        "        self._tangents.clear()",
-        "        pass",
-        (f"{OF_RULES}::test_nothing_is_left_when_it_ends",),
-    ),
-    Mutant(
-        "tangents-own-attention",
-        "tangents",
-        "the value's attention is the operator's, which a recomputation does not call",
-        RULES,
-        "recorded = torch.is_grad_enabled() and",
-        "recorded = False and",
-        (f"{TESTS}::test_the_value_has_plain_gradients_and_the_tangent_none",),
     ),
 )

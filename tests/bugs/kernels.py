@@ -6,7 +6,7 @@ BACKENDS = "tests/ops/test_score_difference_backends.py"
 ACCURATE = f"{BACKENDS}::test_error_is_at_most_twice_that_of_plain_float32"
 SPOILT = f"{BACKENDS}::test_what_is_not_finite_spoils_its_sample_and_the_value_alone"
 MATHS, SOURCE = "fewstep_cuda/cpu/score_math.h", "fewstep_cuda/cpu/score_difference.cpp"
-INTERPRETED = "tests/ops/test_interpreter.py::test_kernels_in_the_interpreter"
+INTERPRETED = "tests/ops/test_interpreter.py::test_kernels_in_the_interpreter[test_score_difference.py]"
 
 MUTANTS = (
     Mutant(
@@ -151,18 +151,36 @@ MUTANTS = (
         "triton-drops-nan",
         "kernels",
         "Triton's maximum drops NaN",
-        "fewstep_cuda/triton/score_difference.py",
+        "fewstep_cuda/triton/blocks.py",
         "n = tl.where(n < floor, floor, n)",
         "n = tl.maximum(n, floor)",
+        (INTERPRETED,),
+    ),
+    Mutant(
+        "triton-one-normaliser-for-two-terms",
+        "kernels",
+        "every term finds the partial sums of the first",
+        "fewstep_cuda/triton/blocks.py",
+        "return term * tl.num_programs(1) + tl.program_id(1)",
+        "return tl.program_id(1)",
+        (INTERPRETED,),
+    ),
+    Mutant(
+        "triton-product-leaves-float32",
+        "kernels",
+        "SiD's two factors meet before either is divided",
+        "fewstep_cuda/triton/score_difference.py",
+        "put(value, 0, power * tl.sum(d * m, 0))",
+        "put(value, 0, power * by * tl.sum(d / by * m, 0))",
         (INTERPRETED,),
     ),
     Mutant(
         "triton-reads-beyond-the-sample",
         "kernels",
         "the last block of a sample is not masked",
-        "fewstep_cuda/triton/score_difference.py",
-        "r = tl.load(real + at, mask=inside, other=0.0)",
-        "r = tl.load(real + at, mask=at >= 0, other=0.0)",
+        "fewstep_cuda/triton/blocks.py",
+        "tl.load(given + at, mask=inside, other=0.0)",
+        "tl.load(given + at, mask=at >= 0, other=0.0)",
         (INTERPRETED,),
     ),
     Mutant(

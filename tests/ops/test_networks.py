@@ -78,7 +78,7 @@ def test_func_jvp_inside_and_around(network):
 
 
 def test_gradients_of_value_beside_a_tangent(network):
-    """A graph recorded in the dual pass: parameters' gradients are the plain pass's. Mutation: _recorded is False."""
+    """A graph recorded in the dual pass: gradients are the plain pass's. Mutation: adaln without its graph."""
     net, f, x, t, tx, tt = network
     net.requires_grad_(True)
     parameters = [p for p in net.parameters()]
@@ -136,7 +136,7 @@ CALLS = {
     "conv": lambda x, c: F.conv1d(x, c[:, :, :3], c[0, 0, :4], padding=1),
     "layer_norm": lambda x, c: F.layer_norm(x, x.shape[1:], c[0], c[1]),
     "group_norm": lambda x, c: F.group_norm(x, 3, c[0, :, 0], c[1, :, 0]),
-    "rms_norm": lambda x, c: F.rms_norm(x, x.shape[-1:], c[0, 0]),
+    "rms_norm": lambda x, c: F.rms_norm(1e-3 * x, x.shape[-1:], c[0, 0]),
     "attention": lambda x, c: F.scaled_dot_product_attention(x, c, x, is_causal=True, scale=0.3),
     "bool mask": lambda x, c: F.scaled_dot_product_attention(
         x[:, None], c[:, None], x[:, None], (c @ c.mT)[:, None] > 50
@@ -151,14 +151,15 @@ CALLS = {
 def test_every_form_of_a_call(name):
     """Tangent and value against torch; and the argument's own tangent is still what it was.
 
-    Mutations: the sum's tangent shared with its argument's ("in place"); alpha ignored; c - x taken for x - c.
+    Mutations: the sum's tangent shared with its argument's ("in place"); alpha ignored; c - x taken for x - c; a norm's
+    bias left out; another eps.
     """
     torch.manual_seed(0)
     x, tx, c = R(4, 6, 6), R(4, 6, 6), R(4, 6, 6) + 3
     before = tx.clone()
     with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         wanted = forward_ad.unpack_dual(CALLS[name](forward_ad.make_dual(x, tx.clone()), c))
-    with FusedDuals(math_attention), forward_ad.dual_level():
+    with FusedDuals(math_attention, norms=True), forward_ad.dual_level():
         found = forward_ad.unpack_dual(CALLS[name](forward_ad.make_dual(x, tx), c))
     torch.testing.assert_close(found.primal, wanted.primal, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.tangent, wanted.tangent, rtol=1e-5, atol=1e-4)

@@ -215,6 +215,25 @@ def test_a_row_without_variance(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_silu_far_from_zero(backend):
+    """0 and z, with slopes 0 and 1. Mutation: an exponential that leaves float's range."""
+    x, tx, shift = torch.randn(1, 2, 3), torch.randn(1, 2, 3), torch.tensor([[-100.0, 100.0]])
+    found = ops.group_norm_silu_jvp(x, 1, shift=shift, tx=tx, backend=backend)
+    plain = ops.group_norm_silu_jvp(x, 1, shift=shift, tx=tx, silu=False, backend="reference")
+    for mine, straight in zip(found, plain):
+        assert_close(mine, straight * torch.tensor([[0.0], [1.0]]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", ["adaln", "heads"])
+def test_outputs_that_pass_the_caches(name, backend):
+    """2^21 entries and more, every other row aligned. Mutation: a line of them that is not the tile's."""
+    case, plain = (Case(name, backend=b, sizes=(2, 8200, 130)) for b in (backend, "reference"))
+    for mine, true in zip(case.openly(case.inputs, case.tangents), plain.openly(case.inputs, case.tangents)):
+        assert error(mine, true.double()) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strides_change_nothing(name, backend):
     """Inputs and tangents transposed, each in its own way. Mutation: the tangent read with its primal's strides."""
@@ -391,7 +410,10 @@ def test_torch_loses_part_of_the_gradient_through_layer_norms_tangent():
         (lambda x: ops.adaln(x, norm="batch"), "layer, rms"),
         (lambda x: ops.adaln(x, eps=0.0), "positive"),
         (lambda x: ops.adaln(x.long()), "floats"),
-        (lambda x: ops.adaln(x, backend="chunked"), "no kernel for it"),
+        (lambda x: ops.adaln(x, backend="chunked"), "cannot run adaln: it has no kernel for it"),
+        (lambda x: ops.qk_norm_rope(x[None], backend="chunked"), "cannot run qk_norm_rope"),
+        (lambda x: ops.group_norm_silu(x, 1, backend="chunked"), "cannot run group_norm_silu"),
+        (lambda x: ops.gated_residual(x, x[:, 0], x, backend="chunked"), "cannot run gated_residual"),
         (lambda x: ops.adaln_jvp(x, tx=x[:1]), "x's shape"),
         (lambda x: ops.adaln_jvp(x, tscale=torch.ones(2, 4)), "tscale must have scale's shape None"),
         (lambda x: ops.group_norm_silu(x, 2), "does not divide"),

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import fewstep
 from fewstep.export import export_run, model_card
 from fewstep.students import untrained_student
-from tests.tiny_pipeline import build, build_stable_diffusion
+from tests.tiny_pipeline import build, build_stable_diffusion, build_stable_diffusion_xl
 
 PROMPT, SEED = "a photo of a bag", 11
 STUDENTS = {
@@ -34,6 +34,8 @@ STUDENTS = {
     "unet-v-lower": {"method": "sid", "num_steps": 1},
     "second-time": {"method": "boot", "num_steps": 1},
     "unet-second-time": {"method": "boot", "num_steps": 1, "first_time": 0.4},
+    "xl-stochastic": {"num_steps": 4, "stochastic": True},
+    "xl-told-earlier": {"num_steps": 1, "first_time": 0.4},
     "unet-lora": {"num_steps": 2, "train": {"device": "cpu", "generator": {"lr": 1e-2}, "sharing": "lora"}},
 }
 ALONE = """
@@ -68,6 +70,7 @@ def runs(tmp_path_factory):
         "shifted": build(root / "shift", shift=3.0),
         "unet-v": build_stable_diffusion(root / "v", prediction_type="v_prediction", beta_schedule="linear"),
         "unet": build_stable_diffusion(root / "unet"),
+        "xl": build_stable_diffusion_xl(root / "xl"),
         "": build(root / "plain"),
     }
     (root / "prompts.txt").write_text(f"{PROMPT}\na coat\n")

@@ -30,14 +30,15 @@ def seed():
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("size", [8, 75])
 def test_adaln(dtype, norm, size):
-    """Mutation: entries beyond the row counted in the variance."""
+    """Mutation: entries beyond the row counted in the variance, or eps added to the root."""
     x, tx = draw(dtype, 2, 3, size) + 2, draw(dtype, 2, 3, size) + 2
     scale, tscale = draw(dtype, 2, size), draw(dtype, 2, size)
     shift, tshift = draw(dtype, 1, 1, size), draw(dtype, 1, 1, size)
 
     def run(backend, wide):
         inputs = [wide(t) for t in (x, scale, shift, tx, tscale, tshift)]
-        return *ops.adaln_jvp(*inputs, norm=norm, backend=backend), ops.adaln(*inputs[:3], norm=norm, backend=backend)
+        keep = {"norm": norm, "eps": 0.1, "backend": backend}
+        return *ops.adaln_jvp(*inputs, **keep), ops.adaln(*inputs[:3], **keep)
 
     both(run, dtype)
 
@@ -54,7 +55,7 @@ def test_heads(dtype, layout, norm):
     cos, sin = (None, None) if layout is None else (angle.cos(), angle.sin())
 
     def run(backend, wide):
-        keep = {"norm": norm, "layout": layout or "half", "weight": wide(weight), "backend": backend}
+        keep = {"norm": norm, "layout": layout or "half", "weight": wide(weight), "eps": 0.1, "backend": backend}
         tables = [t if t is None else wide(t) for t in (cos, sin)]
         return (
             *ops.qk_norm_rope_jvp(wide(q), *tables, wide(tq), **keep),
@@ -76,7 +77,7 @@ def test_groups_in_several_chunks(dtype, silu, monkeypatch):
 
     def run(backend, wide):
         inputs = [wide(t) for t in (weight, bias, scale, shift)]
-        keep = {"silu": silu, "backend": backend}
+        keep = {"silu": silu, "eps": 0.1, "backend": backend}
         tangents = {"tx": wide(tx), "tscale": wide(shift), "tshift": wide(scale)}
         return (
             *ops.group_norm_silu_jvp(wide(x), 2, *inputs, **tangents, **keep),

@@ -26,11 +26,14 @@ FUNCTIONS = {
     "add a row": lambda x, y: ROW + x[:, :1] + y,
     "sub": lambda x, y: torch.sub(x, y, alpha=2) - 1,
     "reversed": lambda x, y: (1 - x) / (2 + y.square()) + 3 / (4 + x * x),
+    "rsub": lambda x, y: torch.rsub(x, y, alpha=2) + torch.rsub(x, 3),
     "mul": lambda x, y: 2 * x * y * ROW,
     "div": lambda x, y: x / (y.square() + 1) / 3 + ROW / (2 + x.square()),
     "matmul": lambda x, y: x @ y.mT @ W[:4, :4] + torch.bmm(x, y.transpose(1, 2)),
     "linear": lambda x, y: F.linear(x, W, ROW[:5]) + F.linear(y, weight=W, bias=None),
-    "moving weight": lambda x, y: F.linear(x, y[0]),
+    "moving weight": lambda x, y: F.linear(x, y[0]) + F.linear(x, weight=y[0]),
+    "moving weights of norms": lambda x, y: F.layer_norm(x, (6,), y[0, 0], ROW) + F.group_norm(x, 2, y[1, :, 0], FOUR),
+    "moving biases of norms": lambda x, y: F.layer_norm(x, (6,), ROW, y[0, 1]) + F.group_norm(x, 2, FOUR, y[1, :, 1]),
     "conv": lambda x, y: F.conv2d(torch.stack([x, y], 3), KERNEL, BIAS, padding=1),
     "views": lambda x, y: x.view(3, 2, 2, 6).permute(1, 0, 3, 2).reshape(2, 3, -1)[:, 1:, ::2].unsqueeze(1).flatten(1),
     "pieces": lambda x, y: torch.cat([*x.chunk(2, -1)[::-1], y.split(2, -1)[1], torch.ones_like(x)], -1),
@@ -47,6 +50,7 @@ FUNCTIONS = {
     "einsum": lambda x, y: torch.einsum("bij,bkj->bik", x, y) + torch.linalg.vector_norm(x),
     "interpolate": lambda x, y: F.interpolate(x, scale_factor=2.0, mode="linear") + y.repeat_interleave(2, -1),
     "by name": lambda x, y: torch.cat(tensors=[x, y], dim=1) + F.linear(input=x, weight=W).sum(),
+    "second by name": lambda x, y: x.mul(other=y) + x.pow(exponent=2) + torch.div(x, other=2 + y * y).add_(other=y),
     "pad": lambda x, y: F.pad(x, (1, 1)),
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None] + 1),
     "attention of constants": lambda x, y: F.scaled_dot_product_attention(x[None], KEYS, KEYS, scale=0.3),
@@ -72,7 +76,19 @@ def in_place(x, y):
     return z.add_(x, alpha=2)
 
 
-FUNCTIONS["in place"] = in_place
+def in_place_by_flag(x, y):
+    z = x * 1
+    F.silu(z, inplace=True)
+    return z + F.leaky_relu(y - 0.5, 0.2, inplace=True)
+
+
+def assigned(x, y):
+    z = x + 1
+    z[:, 0] = 0.5
+    return z * x + y
+
+
+FUNCTIONS |= {"in place": in_place, "in place by flag": in_place_by_flag, "assigned": assigned}
 
 
 def by_dual_numbers(f, moves):

@@ -33,7 +33,7 @@ def test_empty_prompt_is_the_unconditional_branch(teacher):
 
 def rows(*lengths):
     """An encoder whose prompt "n" is n rows of n + 1; the empty prompt is two rows of ones."""
-    encoder = PipelineEncoder(lambda prompt: torch.full((1, int(prompt or 2), 3), int(prompt or 0) + 1.0))
+    encoder = PipelineEncoder(lambda prompt: {"text": torch.full((1, int(prompt or 2), 3), int(prompt or 0) + 1.0)})
     return encoder([str(n) for n in lengths])
 
 

@@ -23,16 +23,18 @@ ALL = torch.arange(len(PROMPTS))
 
 
 class Text:
-    """A pipeline's encoder in bfloat16, whose rows are as long as their prompts; counts the prompts that it encodes."""
+    """A pipeline's encoder: tokens as long as their prompt, in bfloat16, and a vector of each in float32; counts the
+    prompts that it encodes."""
 
     def __init__(self, stop: int = 999, ragged: bool = True) -> None:
         self.seen, self.stop, self.ragged = 0, stop, ragged
         self.rows = PipelineEncoder(self.row)
 
-    def row(self, prompt: str) -> torch.Tensor:
+    def row(self, prompt: str) -> dict[str, torch.Tensor]:
         length = (len(prompt) or 4) if self.ragged else 4
         seed = int.from_bytes(prompt.encode(), "big") % 2**31
-        return torch.randn(1, length, 3, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        text = torch.randn(1, length, 3, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        return {"text": text, "pooled": text.float().mean(1)}
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         self.seen += len(prompts)
@@ -99,7 +101,7 @@ def test_complete_cache_needs_no_encoder():
 
 def test_auto_goes_to_the_disk_where_memory_would_not_do(monkeypatch: pytest.MonkeyPatch):
     """The bytes of a row among the first ones times the prompts; the limit itself is still memory."""
-    size = Text()(PROMPTS[:2])[:1].tensors["text"].nbytes
+    size = sum(value.nbytes for value in Text()(PROMPTS[:2])[:1].tensors.values())
     monkeypatch.setattr(embeddings, "MEMORY", size * len(PROMPTS))
     assert isinstance(encoder(Text(), "auto")(PROMPTS), Condition)
     monkeypatch.setattr(embeddings, "MEMORY", size * len(PROMPTS) - 1)

@@ -1,0 +1,96 @@
+"""Published teachers by name: which hub repository, at which commit, under which licence; and their networks' configs.
+
+A name is loaded from the hub, or from a folder or another repository of the same layout with the option `source`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.teachers.base import TEACHERS, Teacher
+from fewstep.teachers.pipelines import from_pipeline
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+"""The config of each one's network as diffusers stores it, so that it can be built without a download."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A teacher on the hub.
+
+    about: one line.  pipeline: its class in diffusers.  source, revision: repository and commit.  licence: as its card
+    names it.  parameters: of the network that is distilled, in millions.  caution: what one must agree to first.
+    """
+
+    name: str
+    about: str
+    pipeline: str
+    source: str
+    revision: str
+    licence: str
+    parameters: int
+    caution: str = ""
+
+    def __call__(self, *, source: str | None = None, revision: str | None = None, **options: Any) -> Teacher:
+        """Load it.  source: a folder or hub id in its place; revision: of that; options: of `from_pipeline`.
+
+        Raises as `load_teacher`, and ValueError for a source that is another kind of pipeline.
+        """
+        pinned = self.revision if source is None else None
+        given = {name: value for name, value in {"source": source, "revision": revision}.items() if value is not None}
+        loaded = from_pipeline(source or self.source, revision=revision or pinned, family=self.pipeline, **options)
+        card = replace(loaded.card, name=self.name, licence=self.licence, description=self.about)
+        # With its dtype always: a run of this very teacher must not take its recipe's.
+        return replace(loaded, card=card, options=given | {"dtype": "fp32"} | options)
+
+    def architecture(self) -> dict[str, Any]:
+        """The config of the network that is distilled, as diffusers' from_config takes it."""
+        return json.loads((ARCHITECTURES / f"{self.name}.json").read_text(encoding="utf-8"))
+
+
+PUBLISHED = (
+    Published(
+        "sd15",
+        "Stable Diffusion 1.5, 512x512, eps",
+        "StableDiffusionPipeline",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        "CreativeML Open RAIL-M",
+        860,
+    ),
+    Published(
+        "sd21-base",
+        "Stable Diffusion 2.1 base, 512x512, eps",
+        "StableDiffusionPipeline",
+        "stabilityai/stable-diffusion-2-1-base",
+        "5ede9e4bf3e3fd1cb0ef2f7a3fff13ee514fdf06",
+        "CreativeML Open RAIL++-M",
+        866,
+        "its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
+    ),
+    Published(
+        "sd21",
+        "Stable Diffusion 2.1, 768x768, v",
+        "StableDiffusionPipeline",
+        "stabilityai/stable-diffusion-2-1",
+        "5cae40e6a2745ae2b01ad92ae5043f95f23644d6",
+        "CreativeML Open RAIL++-M",
+        866,
+        "its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
+    ),
+    Published(
+        "sdxl",
+        "Stable Diffusion XL 1.0 base, 1024x1024, eps",
+        "StableDiffusionXLPipeline",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "462165984030d82259a11f4367a4eed129e94a7b",
+        "CreativeML Open RAIL++-M",
+        2567,
+    ),
+)
+
+for _teacher in PUBLISHED:
+    TEACHERS.register(_teacher.name)(_teacher)

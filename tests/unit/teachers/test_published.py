@@ -1,0 +1,144 @@
+"""Published teachers: what is known of them without a download, and what a copy at another place must be."""
+
+import json
+import re
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+
+import fewstep
+from fewstep.config import resolve
+from fewstep.export import export_run
+from fewstep.teachers import TEACHERS
+from fewstep.teachers.pipelines import FAMILIES, load_teacher, pipeline_class
+from fewstep.teachers.published import ARCHITECTURES, PUBLISHED
+from tests.tiny_pipeline import build, build_stable_diffusion, build_stable_diffusion_xl
+
+PARAMETERS = {
+    "sd15": 859_520_964,
+    "sd21-base": 865_910_724,
+    "sd21": 865_910_724,
+    "sdxl": 2_567_463_684,
+}
+"""Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]."""
+TINY = {"StableDiffusionPipeline": build_stable_diffusion, "StableDiffusionXLPipeline": build_stable_diffusion_xl}
+METHODS = {
+    "dmd2": {"num_steps": 2, "guidance": 2.0},
+    "sid": {"num_steps": 1, "guidance": 2.0},
+    "tbcm": {"num_steps": 1, "guidance": 2.0, "grid_steps": 4, "warmup": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """tiny(pipeline class) -> a folder of it in miniature."""
+    root = tmp_path_factory.mktemp("published")
+
+    def get(name):
+        return root / name if (root / name).exists() else TINY[name](root / name)
+
+    return get
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
+def test_entry_is_complete_and_its_network_has_the_published_size(published):
+    """On the meta device, from the config that is shipped."""
+    config = published.architecture()
+    with torch.device("meta"):
+        network = getattr(diffusers, config["_class_name"]).from_config(config)
+    count = sum(p.numel() for p in network.parameters())
+    assert count == PARAMETERS[published.name] and round(count / 1e6) == published.parameters
+    assert re.fullmatch("[0-9a-f]{40}", published.revision) and published.source.count("/") == 1
+    assert published.pipeline in FAMILIES and published.licence
+    assert pipeline_class(published.name) == published.pipeline
+
+
+def test_no_architecture_lies_about_unused():
+    assert {path.stem for path in ARCHITECTURES.glob("*.json")} == {published.name for published in PUBLISHED}
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
+def test_pinned_commit_is_asked_for(published, monkeypatch):
+    """Of the repository, and not of a copy that stands in for it."""
+    asked = []
+
+    def download(source, name, *, revision):
+        asked.append((source, revision))
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for options in ({}, {"source": "some/copy"}, {"source": "some/copy", "revision": "v2"}):
+        with pytest.raises(ValueError, match="cannot load the pipeline"):
+            load_teacher(published.name, **options)
+    assert asked == [(published.source, published.revision), ("some/copy", None), ("some/copy", "v2")]
+
+
+def test_copy_keeps_the_name_and_the_options_that_load_it_again(tiny):
+    folder = str(tiny("StableDiffusionXLPipeline"))
+    teacher = load_teacher("sdxl", source=folder, dtype="bf16")
+    assert (teacher.card.name, teacher.card.source) == ("sdxl", folder)
+    assert teacher.options == {"source": folder, "dtype": "bf16"}
+    assert {p.dtype for p in teacher.denoiser.parameters()} == {torch.bfloat16}
+    assert teacher.encode(["a bag"]).tensors["text"].dtype == torch.bfloat16
+    assert load_teacher("sdxl", source=folder).options == {
+        "source": folder,
+        "dtype": "fp32",
+    }  # whatever its recipe says
+
+
+def test_copy_of_another_pipeline_is_refused_before_its_weights_are_read(tiny, tmp_path):
+    with pytest.raises(
+        ValueError, match="is a StableDiffusionPipeline, and this teacher is a StableDiffusionXLPipeline"
+    ):
+        load_teacher("sdxl", source=str(tiny("StableDiffusionPipeline")))
+    with pytest.raises(ValueError, match="is a CogView4Pipeline"):
+        load_teacher("sd15", source=str(build(tmp_path / "cogview4")))
+
+
+def test_unknown_dtype_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match=r"teacher.dtype='int8': allowed are fp32, bf16, fp16"):
+        load_teacher("sdxl", dtype="int8")
+
+
+def test_list_knows_size_licence_and_recipes():
+    index = json.loads((ARCHITECTURES.parents[1] / "index.json").read_text())["teachers"]
+    assert index["sdxl"]["parameters"] == 2567 and "RAIL" in index["sdxl"]["licence"]
+    assert {"dmd2", "sid"} <= set(index["sdxl"]["recipes"])
+
+
+def test_memory_savers_are_in_the_recipe_of_the_largest():
+    """Fails if a user's first command would need three networks in float32."""
+    train = resolve(given={"teacher": {"name": "sdxl"}, "method": {"name": "dmd2"}}).train
+    assert (train.sharing, train.precision, train.gradient_checkpointing) == ("lora", "bf16", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["copies", "lora", "lora-fake"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
+    """Three iterations, samples, export; and diffusers makes the same pictures of the exported folder."""
+    if method == "tbcm" and sharing == "lora-fake":
+        pytest.skip("there is no fake score")
+    published = TEACHERS.get(name)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a bag\na coat\n")
+    teacher = load_teacher(name, source=str(tiny(published.pipeline)))
+    rates = {"lr": 1e-2, "warmup": 0}
+    train = {
+        "device": "cpu", "precision": "fp32", "sharing": sharing, "accumulate": 1, "ema": 0.0,
+        "generator": rates, "critic": rates, "lora": {"targets": ()},
+    }  # fmt: skip
+    run = fewstep.distill(
+        teacher, method, iterations=3, batch_size=2, prompts=str(prompts), out=tmp_path / "run", train=train,
+        **METHODS[method],
+    )  # fmt: skip
+    ours = run.student.sample(1, ["a coat"], 7)
+    folder = export_run(run.out, tmp_path / "student")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    names = {"folder": folder, "prompt": "a coat", "seed": 7}
+    exec(code.replace(").images[0]", ", output_type='pt').images[0]"), names)
+    assert (2 * names["image"] - 1 - ours[0]).abs().max() < 1e-4
+    assert ours.std() > 0.05
