@@ -20,8 +20,8 @@ from fewstep.sampling import Student
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.pipelines import load_teacher
 from fewstep.training import checkpoint
-from fewstep.training.checkpoint import CONFIG, PROMPTS
-from fewstep.training.prompts import read_prompts
+from fewstep.training.checkpoint import CONFIG
+from fewstep.training.prompts import copy_in, read_prompts
 from fewstep.types import Role
 
 
@@ -82,8 +82,8 @@ def untrained_student(folder: str | Path, *, teacher: Teacher | None = None, dev
     teacher = teacher or load_teacher(config.teacher, **config.teacher_options)
     if config.negative_prompt is not None:
         teacher = teacher.against(config.negative_prompt)
-    files = (Path(folder) / PROMPTS, Path(config.prompts)) if config.prompts else ()  # the run's copy first
-    if found := [path for path in files if path.is_file()]:
+    files = [copy_in(Path(folder)), Path(config.prompts)] if config.prompts else []  # the run's copy first
+    if found := [path for path in files if path is not None and path.exists()]:
         teacher = teacher.showing(read_prompts(found[0]))
     denoiser = _generator(config, teacher)
     return Student(denoiser.to(place).eval().requires_grad_(False), teacher, config.objective.sampler)

@@ -16,10 +16,10 @@ from fewstep.teachers.base import TEACHERS, Teacher
 from fewstep.teachers.pipelines import UNETS, is_place, pipeline_class
 from fewstep.teachers.published import Published
 from fewstep.training import checkpoint
-from fewstep.training.checkpoint import CONFIG, PROMPTS
+from fewstep.training.checkpoint import CONFIG
 from fewstep.training.options import TrainConfig
 from fewstep.training.pairs import PairsCard, read_card
-from fewstep.training.prompts import read_prompts
+from fewstep.training.prompts import copy_in, read_prompts
 from fewstep.types import Need
 from fewstep_cuda import dispatch
 
@@ -33,15 +33,14 @@ NO_CLIP = (
 )
 
 
-def given_prompts(config: RunConfig, out: Path, resume: bool) -> tuple[str, ...] | None:
+def given_prompts(config: RunConfig, out: Path, resume: bool) -> Sequence[str] | None:
     """The prompts of the file that the configuration names; of the resumed run's copy where its own file has gone."""
     if not config.prompts:
         return None
-    copy = out / PROMPTS
-    gone = resume and copy.is_file() and not Path(config.prompts).exists()
+    copy = copy_in(out) if resume and not Path(config.prompts).exists() else None
     # Only for the very name that the run was started with: another one would be a new file's, misspelt.
-    moved = gone and read_yaml(out / CONFIG).get("prompts") == config.prompts
-    return read_prompts(copy if moved else config.prompts)
+    moved = copy is not None and read_yaml(out / CONFIG).get("prompts") == config.prompts
+    return read_prompts(copy if moved and copy is not None else config.prompts)
 
 
 def given_pairs(config: RunConfig) -> PairsCard | None:
