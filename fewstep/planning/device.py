@@ -2,67 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-ATTENTION = F.scaled_dot_product_attention
-
-LOWER = frozenset(
-    [
-        *(ATTENTION, F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d),
-        *(torch.matmul, torch.bmm, torch.mm, torch.mv, torch.addmm, torch.addmv, torch.baddbmm, torch.einsum),
-        *(Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.mv, Tensor.__matmul__),
-    ]
-)
-"""What autocast computes in its dtype on CUDA, as far as networks here call it     [torch.amp, "CUDA Ops"]"""
-FLOAT32 = frozenset(
-    [
-        *(F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.normalize, F.mse_loss, F.l1_loss, F.softplus),
-        *(torch.softmax, torch.exp, torch.log, torch.pow, torch.rsqrt, torch.reciprocal, torch.cumsum, torch.norm),
-        *(torch.sum, torch.prod, Tensor.exp, Tensor.log, Tensor.pow, Tensor.__pow__, Tensor.rsqrt, Tensor.softmax),
-        *(Tensor.sum, Tensor.prod, Tensor.norm, Tensor.reciprocal, Tensor.cumsum, torch.linalg.vector_norm),
-    ]
-)
-"""What it computes in float32."""
+LOWER = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d.input", "matmul", "einsum")
+FLOAT32 = ("layer_norm", "group_norm", "rms_norm", "softmax.int", "log_softmax.int", "cosine_similarity")
+"""What autocast computes in its dtype and in float32 on CUDA, of the ops that others are made of    [torch.amp]"""
+ATTENTION = "scaled_dot_product_attention"
 
 
-class Fused(TorchFunctionMode):
-    """Attention as the kernels of a GPU take it, whose memory grows with N, not N^2; and autocast.
+class Fused:
+    """A context in which the meta device behaves as a GPU: see the module.
 
-    The meta device runs attention on the math path and knows no autocast.  torch.autocast("cpu") is the switch: that
-    is what a trainer on the CPU sets, and what gradient checkpointing sets again as it recomputes.  As on a GPU a
-    weight that trains is cast once in a context and the copy is kept until its end; `forget` is to be called before
-    each op, and notices that end.
+    Its own attention takes the math path, whose memory is of N^2, and it knows no autocast.  torch.autocast("cpu") is
+    the switch: that is what a trainer on the CPU sets, and what gradient checkpointing sets again as it recomputes.
+    As on a GPU a weight that trains is cast once in a context and the copy kept until its end, which `forget`
+    notices; it is to be called before each op.
+    Ops are overridden for the meta device alone, below Python: a recomputation in a backward pass meets them too.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._casts: dict[int, Tensor] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_autocast_enabled("cpu") and (func in LOWER or func in FLOAT32):
-            dtype = torch.get_autocast_dtype("cpu") if func in LOWER else torch.float32
-            args, kwargs = [self._cast(x, dtype) for x in args], {k: self._cast(x, dtype) for k, x in kwargs.items()}
-        if func is ATTENTION and args[0].is_meta:
-            return fused_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Within it ops on the meta device are overridden."""
+        library = torch.library.Library("aten", "IMPL")
+        for name in LOWER:
+            library.impl(name, self._casting(name, lower=True), "AutogradMeta")
+        for name in FLOAT32:
+            library.impl(name, self._casting(name, lower=False), "AutogradMeta")
+        library.impl(ATTENTION, self._attention, "AutogradMeta")
+        try:
+            yield
+        finally:
+            self._casts.clear()
+            library._destroy()
 
-    def _cast(self, x: Any, dtype: torch.dtype) -> Any:
-        if isinstance(x, list | tuple):
-            return type(x)(self._cast(item, dtype) for item in x)
-        if not isinstance(x, Tensor) or not x.is_meta or not x.is_floating_point() or x.dtype in (dtype, torch.float64):
+    def _casting(self, name: str, *, lower: bool) -> Callable[..., Tensor]:
+        packet, _, overload = name.partition(".")
+        decompose = getattr(getattr(torch.ops.aten, packet), overload or "default").decompose
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            return decompose(*self._cast(args, lower), **self._cast(kwargs, lower))
+
+        return run
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        return fused_attention(*self._cast(args, True), **self._cast(kwargs, True))
+
+    def _cast(self, x: Any, lower: bool) -> Any:
+        """Every float tensor in x as autocast gives it to such an op; x itself without autocast."""
+        if not torch.is_autocast_enabled("cpu"):
             return x
-        if not (x.is_leaf and x.requires_grad and dtype != torch.float32):
+        if isinstance(x, list | tuple):
+            return type(x)(self._cast(item, lower) for item in x)
+        if isinstance(x, dict):
+            return {name: self._cast(item, lower) for name, item in x.items()}
+        dtype = torch.get_autocast_dtype("cpu") if lower else torch.float32
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (dtype, torch.float64):
+            return x
+        if not (lower and x.is_leaf and x.requires_grad):
             return x.to(dtype)
         if id(x) not in self._casts:
-            with torch.enable_grad():  # a copy made in a forward without gradient serves the next one, with
-                self._casts[id(x)] = x.to(dtype)
+            self._casts[id(x)] = x.to(dtype)
         return self._casts[id(x)]
 
     def forget(self) -> None:
@@ -78,6 +85,7 @@ def fused_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -85,11 +93,11 @@ def fused_attention(
 
     Arguments and result as of scaled_dot_product_attention, on the meta device.
     """
+    more: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     if q.ndim == 3:
         mask = None if attn_mask is None else attn_mask.unsqueeze(-3)
-        more = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         return fused_attention(q[:, None], k[:, None], v[:, None], mask, **more)[:, 0]
     if attn_mask is None and q.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
@@ -98,5 +106,4 @@ def fused_attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)
         attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
     record = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(q, k, v, attn_mask, record, dropout_p, is_causal, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, record, **more)[0]

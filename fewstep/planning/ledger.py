@@ -5,8 +5,9 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 Category = Literal["weights", "gradients", "optimiser", "ema", "activations"]
 """Whose memory it is; activations are all that nobody claimed, temporaries of a loss too."""
 CATEGORIES: tuple[Category, ...] = get_args(Category)
+PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class Peak:
     def total(self) -> int:
         """Bytes of all categories."""
         return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class _Shape:
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Ledger(TorchDispatchMode):
@@ -51,6 +60,7 @@ class Ledger(TorchDispatchMode):
         self._booked: dict[int, tuple[Any, Category, int]] = {}
         self._most = 0
         self._at_most: dict[Category, int] = {}
+        self._known: dict[Any, tuple[Any, int]] = {}
 
     # -- the book -----------------------------------------------------------------------------------------------
 
@@ -91,19 +101,88 @@ class Ledger(TorchDispatchMode):
         self._before()
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return _answer(args[0])
-        try:
-            out = func(*args, **(kwargs or {}))
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{func} cannot run without numbers, so that this method cannot be planned ({error}); train a few "
-                "iterations and read the device's own peak"
-            ) from error
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        out, flops = self._run(func, args, kwargs or {})
+        self.flops += flops
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in self._booked:
                 self._book(tensor, self.making)
         return out
+
+    def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, int]:
+        """What an op makes, and its FLOPs.
+
+        Kernels of the meta device take up to a millisecond of Python, and a network repeats its shapes a hundred times:
+        what an op that makes new tensors made of such inputs before is made again by itself.
+        """
+        if not _fresh(func):
+            return _called(func, args, kwargs), 0
+        try:
+            signature = func, _signature(args), _signature(tuple(kwargs.items()))
+            known = self._known.get(signature)
+        except TypeError:  # an argument that is neither hashable nor on the meta device
+            return _called(func, args, kwargs), 0
+        if known is not None:
+            made, flops = known
+            return _again(made), flops
+        out = _called(func, args, kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        flops = 0 if count is None else count(*args, **kwargs, out_val=out)
+        with suppress(TypeError):  # made elsewhere
+            self._known[signature] = _recipe(out), flops
+        return out, flops
+
+
+def _called(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{func} cannot run without numbers, so that this method cannot be planned ({error}); train a few "
+            "iterations and read the device's own peak"
+        ) from error
+
+
+@cache
+def _fresh(func: Any) -> bool:
+    """Whether an op makes new tensors, and neither views nor changes others."""
+    schema = func._schema
+    return (
+        func.namespace == "aten"
+        and not schema.is_mutable
+        and all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+    )
+
+
+def _signature(x: Any) -> Any:
+    """Hashable; equal for inputs of which an op makes the same."""
+    if isinstance(x, Tensor):
+        if not x.is_meta:
+            raise TypeError("of a tensor elsewhere, numbers may matter")
+        return x.shape, x.stride(), x.dtype
+    if isinstance(x, tuple | list):
+        return tuple([_signature(item) for item in x])
+    if not isinstance(x, PLAIN):
+        raise TypeError(f"a {type(x).__name__} cannot be compared")
+    return type(x), x  # 1, 1.0 and True are equal
+
+
+def _recipe(out: Any) -> Any:
+    """By what `_again` makes such an output."""
+    if isinstance(out, Tensor):
+        if not out.is_meta:
+            raise TypeError("made on another device")
+        return _Shape(tuple(out.shape), out.stride(), out.dtype)
+    if isinstance(out, tuple | list):
+        return type(out)([_recipe(item) for item in out])
+    return out
+
+
+def _again(made: Any) -> Any:
+    if isinstance(made, _Shape):
+        return torch.empty_strided(made.size, made.stride, dtype=made.dtype, device="meta")
+    if isinstance(made, tuple | list):
+        return type(made)([_again(item) for item in made])
+    return made
 
 
 def _answer(value: Tensor) -> bool:

@@ -103,7 +103,7 @@ def prepare(
     pairs = PairData(Path(config.pairs), teacher.encode, config.train.seed) if config.pairs else None
     with bar("encoding prompts", len(prompts), console) as done:
         data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed, done, reals, pairs)
-    trio = _trio(config, teacher, data, again=start is not None)
+    trio = build_trio(config, teacher, data, again=start is not None)
     showing, samples = teacher.showing(prompts), config.train.evaluate_samples
     monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
     trainer = Trainer(
@@ -134,7 +134,7 @@ def _probe(config: RunConfig, trainer: Trainer) -> None:
     config.objective.probe(trainer.trio, trainer.data.batch(ids, device), rng)  # type: ignore[attr-defined]
 
 
-def _trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: bool) -> Trio:
+def build_trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: bool = False) -> Trio:
     """The networks that the method asks for, on the teacher's device.  again: a checkpoint will fill them."""
     train, method = config.train, config.objective
     own = student_of(method, key(train.seed, "own"))

@@ -114,7 +114,7 @@ def test_attention_takes_its_output_and_a_number_a_row_and_head(dtype):
     leaves = [meta(1, N, heads, d, dtype=dtype, requires_grad=True) for _ in range(3)]
     q, k, v = (x.transpose(1, 2) for x in leaves)
     size, ledger, parts = q.nbytes, Ledger(), {}
-    with ledger, Fused():
+    with ledger, Fused()():
         with ledger.part(parts, "forward"):
             out = F.scaled_dot_product_attention(q, k, v)
         assert out.shape == (1, heads, N, d) and out.dtype == dtype
