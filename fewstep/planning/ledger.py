@@ -47,7 +47,8 @@ class Ledger(TorchDispatchMode):
     Within the context every op is seen, also those of a backward pass: a storage is booked once, however many views it
     has, and an op in place books nothing.  `making` is the category of what is new.
     before: called before each op.
-    A truth value that is asked of a tensor is True, as there are no numbers: "is the gradient finite?"
+    A truth value that is asked of a tensor is True, as there are no numbers: "is the gradient finite?"  Floats that are
+    copied to the CPU are zeros there.
     Raises ValueError for an op that wants to know numbers, or has no kernel that does without.
     """
 
@@ -101,6 +102,8 @@ class Ledger(TorchDispatchMode):
         self._before()
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return _answer(args[0])
+        if func is torch.ops.aten._to_copy.default and _leaves(args[0], kwargs or {}):
+            return torch.zeros_like(args[0], **{"device": "cpu", "dtype": (kwargs or {}).get("dtype")})
         out, flops = self._run(func, args, kwargs or {})
         self.flops += flops
         for tensor in out if isinstance(out, tuple | list) else (out,):
@@ -114,6 +117,8 @@ class Ledger(TorchDispatchMode):
         Kernels of the meta device take up to a millisecond of Python, and a network repeats its shapes a hundred times:
         what an op that makes new tensors made of such inputs before is made again by itself.
         """
+        if _in_place(func) and _on_meta(args[0]):
+            return (args[0] if func._schema.returns else None), 0
         if not _fresh(func):
             return _called(func, args, kwargs), 0
         try:
@@ -137,9 +142,22 @@ def _called(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     except NotImplementedError as error:
         raise ValueError(
-            f"{func} cannot run without numbers, so that this method cannot be planned ({error}); train a few "
-            "iterations and read the device's own peak"
+            f"{func} cannot run without numbers, so that this method cannot be planned; train a few iterations and "
+            "read the device's own peak"
         ) from error
+
+
+@cache
+def _in_place(func: Any) -> bool:
+    """Whether an op changes the numbers of its first argument, or of a list of those, and nothing else."""
+    name, tags = func._schema.name, func.tags
+    return name.startswith("aten::") and name.endswith("_") and torch.Tag.inplace_view not in tags
+
+
+def _on_meta(x: Any) -> bool:
+    """Of a tensor, or a list of tensors of one device."""
+    first = x[0] if isinstance(x, tuple | list) and x else x
+    return isinstance(first, Tensor) and first.is_meta
 
 
 @cache
@@ -183,6 +201,12 @@ def _again(made: Any) -> Any:
     if isinstance(made, tuple | list):
         return type(made)([_again(item) for item in made])
     return made
+
+
+def _leaves(x: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether this copies floats to the CPU, as times that are worked out there."""
+    to = kwargs.get("device")
+    return x.is_meta and x.is_floating_point() and to is not None and torch.device(to).type == "cpu"
 
 
 def _answer(value: Tensor) -> bool:

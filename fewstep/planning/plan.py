@@ -79,13 +79,7 @@ class Plan:
 
 
 def plan(
-    config: RunConfig,
-    *,
-    resolution: int | None = None,
-    gpus: int = 1,
-    sharded: bool = False,
-    device: str = "cuda",
-    parts: tuple[Turn, ...] = ("generator", "critic"),
+    config: RunConfig, *, resolution: int | None = None, gpus: int = 1, sharded: bool = False, device: str = "cuda"
 ) -> Plan:
     """Run one iteration of a resolved configuration without numbers and see what it takes.
 
@@ -102,7 +96,7 @@ def plan(
     train = replace(config.train, batch_size=micro * repeats, accumulate=repeats, device="cpu")
     trainer = rehearse(replace(config, train=train, student=None), teacher)
     again, found = config.train.accumulate / repeats, {}
-    for turn, peak, calls in _iteration(trainer, parts, foreach=device == "cuda"):
+    for turn, peak, calls in _iteration(trainer, foreach=device == "cuda"):
         each = {role: count // repeats for role, count in calls.items()}
         found[turn] = Part(peak, peak.flops * again, each, _share(trainer, turn))
     players = {role: player for networks in trainer.players.values() for role, player in networks.items()}
@@ -118,9 +112,7 @@ def plan(
     )
 
 
-def _iteration(
-    trainer: Rehearsal, parts: tuple[Turn, ...], *, foreach: bool
-) -> Iterator[tuple[Turn, Peak, Counter[str]]]:
+def _iteration(trainer: Rehearsal, *, foreach: bool) -> Iterator[tuple[Turn, Peak, Counter[str]]]:
     """Each player's update in turn: its peak and the calls of networks."""
     fused = Fused()
     ledger, calls = Ledger(fused.forget), Counter()
@@ -135,7 +127,7 @@ def _iteration(
     with ledger, fused():
         for turn in trainer.players:
             _prepare(trainer, turn, ledger, foreach)
-        for turn in [turn for turn in trainer.players if turn in parts]:
+        for turn in trainer.players:
             calls.clear()
             seen: dict[str, Peak] = {}
             with ledger.part(seen, turn):
