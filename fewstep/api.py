@@ -56,7 +56,8 @@ def distill(
 
     What is not given comes from the packaged recipe of this teacher and method, else from the defaults.
     out: the run folder, by default runs/<teacher>-<method>.  train: further training settings, nested as in the
-    configuration file.  prompts: a text file.  data: a folder of captioned pictures, for a GAN.
+    configuration file.  prompts: a text file, or one of the other formats of `training.sources`.
+    data: captioned pictures for a GAN, a folder or tar shards.
     pairs: a folder that `make_pairs` wrote, for a method that regresses on the teacher's samples.
     student: another run of this teacher, from whose student the generator starts.
     method_options: fields of the method.  Raises ValueError or LookupError for bad values,

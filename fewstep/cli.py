@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -230,14 +230,20 @@ def export(
     run: flags.RunFolder,
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
     which: flags.Which = "best",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="pipeline|lora|kohya", help="The whole pipeline, or a LoRA file for the teacher's."
+        ),
+    ] = "pipeline",
     plugin: flags.Plugin = None,
 ) -> None:
-    """Write the student as a diffusers pipeline folder with its few-step scheduler and a model card."""
+    """Write the student as a diffusers pipeline folder, or as a LoRA file, with its few-step scheduler and a card."""
     with border():
         load_plugins(plugin)
         from fewstep.export import export_run
 
-        path = export_run(run, to, which=_which(which))
+        path = export_run(run, to, which=_which(which), form=cast(Any, form))  # checked there
     output.print(str(path), highlight=False, soft_wrap=True)
 
 

@@ -27,15 +27,18 @@ for _found in pkgutil.iter_modules(fewstep.objectives.__path__, "fewstep.objecti
 SECTIONS = ("teacher", "method", "train", "prompts", "negative_prompt", "data", "pairs", "student")
 
 TEXTS = {
-    "prompts": "the path of a text file, one prompt a line",
+    "prompts": "the path of a text file, one prompt a line, or of .jsonl, .parquet or .tar",
     "negative_prompt": "a text",
-    "data": "the path of a folder of captioned pictures",
+    "data": "the path of a folder of captioned pictures, or of .tar shards of them",
     "pairs": "the path of a folder that `fewstep pairs` wrote",
     "student": "the path of a run's folder",
 }
 """Settings that are one text each."""
 
-MAY_CHANGE = ("iterations", "device", "log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
+MAY_CHANGE = (
+    *("iterations", "device", "prompt_cache"),
+    *("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard"),
+)
 """Fields of `train` that a resumed run may set anew; anything else would make it another run."""
 
 
@@ -46,7 +49,7 @@ class RunConfig:
     teacher: its name, folder or hub id.  teacher_options: arguments of its factory.  method, objective: the method's
     registered name and its checked options.  prompts: a prompt file, or None for the teacher's own prompts.
     negative_prompt: what guidance moves away from, or None for the empty prompt.
-    data: a folder of captioned pictures for methods that need real samples, or None for the teacher's own.
+    data: captioned pictures, a folder or tar shards, for methods that need real samples, or None for the teacher's own.
     pairs: a folder of the teacher's ODE pairs, for methods that need them.
     student: a run from whose student the generator starts, or None for the teacher's weights.
     recipe: the recipe file that was used, if any.

@@ -1,4 +1,4 @@
-"""A student as a diffusers pipeline folder that needs no fewstep to run."""
+"""A student as a diffusers pipeline folder, or a LoRA file for its teacher's, that needs no fewstep to run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,32 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from fewstep.environment import describe
 from fewstep.evaluation import Row, markdown
+from fewstep.export_adapter import write_adapter
 from fewstep.sampling import Student
-from fewstep.students import load_student
+from fewstep.students import load_adapter, load_student
 from fewstep.teachers.base import FewSteps
 
+Format = Literal["pipeline", "lora", "kohya"]
+"""A whole pipeline folder, or a LoRA file for the teacher's own pipeline under diffusers' or kohya's names."""
+LOADING = """from diffusers import DiffusionPipeline
 
-def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best") -> Path:
-    """Write the student of a run as a pipeline folder with its few-step scheduler and a model card.  Returns `to`.
+pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)"""
 
-    The folder appears whole or not at all.  Raises ValueError if it exists or the teacher is no pipeline.
+
+def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best", form: Format = "pipeline") -> Path:
+    """Write the student of a run with its few-step scheduler and a model card.  Returns `to`.
+
+    form: the whole pipeline, or a LoRA file for the teacher's.  The folder appears whole or not at all.  Raises
+    ValueError if it exists, if the teacher is no pipeline, or for a LoRA file of a student that is no adapter.
     """
+    if form not in get_args(Format):
+        raise ValueError(f"format {form!r} is not known; allowed: {', '.join(get_args(Format))}")
     if to.exists():
         raise ValueError(f"{to} exists; choose a folder that does not exist yet")
     student = load_student(run, which=which, device="cpu")
@@ -41,8 +51,12 @@ def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best") 
     temporary = to.parent / f".writing-{to.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     to.parent.mkdir(parents=True, exist_ok=True)
-    call = write_pipeline(student, folder, few_steps, temporary)
-    (temporary / "README.md").write_text(model_card(student, call, run, which), encoding="utf-8")
+    if form == "pipeline":
+        call, loading = write_pipeline(student, folder, few_steps, temporary), LOADING
+    else:
+        adapter = load_adapter(run, student.teacher, which)
+        call, loading = write_adapter(student, *adapter, few_steps, temporary, form)
+    (temporary / "README.md").write_text(model_card(student, call, run, which, loading), encoding="utf-8")
     os.replace(temporary, to)
     return to
 
@@ -71,7 +85,7 @@ def is_exact(student: Student) -> bool:
     return torch.allclose(told, told.round(), atol=1e-3)
 
 
-def model_card(student: Student, call: dict[str, Any], run: Path, which: str = "best") -> str:
+def model_card(student: Student, call: dict[str, Any], run: Path, which: str = "best", loading: str = LOADING) -> str:
     """The exported folder's README: the exact call, which equality holds, what it was measured to be."""
     steps, teacher, few_steps = student.sampler.num_steps, student.teacher.card, student.teacher.few_steps
     revision = f" at revision {teacher.revision}" if teacher.revision else ""
@@ -96,9 +110,7 @@ Made with fewstep {describe()["packages"]["fewstep"]} from {teacher.name}{revisi
 
 ```python
 import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+{loading}
 {_code(student, call, seeded)}
 ```
 

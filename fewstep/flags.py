@@ -18,10 +18,17 @@ Iterations = Annotated[Number, typer.Option(help="Trainer iterations.")]
 GlobalBatch = Annotated[Number, typer.Option(help="Global batch of one optimiser step.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate of generator and critic.")]
 Seed = Annotated[Number, typer.Option(help="Seed of everything random.")]
-Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; by default the teacher's prompts.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file, one prompt a line, or .jsonl, .parquet, .tar, or a folder of these; by default the "
+        "teacher's prompts."
+    ),
+]
 NegativePrompt = Annotated[Text, typer.Option(help="What guidance moves away from; by default the empty prompt.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Folder of captioned pictures for the GAN; by default the teacher's own.")
+    Path | None,
+    typer.Option(help="Captioned pictures for the GAN: folder, .tar or folder of .tar; by default the teacher's own."),
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Folder that `fewstep pairs` wrote, for methods that need one.")]
 Student = Annotated[Path | None, typer.Option(help="Run whose student the generator starts from, not the teacher.")]

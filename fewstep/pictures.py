@@ -56,7 +56,7 @@ def panel(images: Tensor, columns: int, *, scale: int = 2, extent: float | None 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], rows: Sequence[str] = ()) -> Image.Image:
     """Titled panels beside each other, with an optional label before each row of tiles."""
-    title = 16
+    title, rows = 16, [" ".join(label.split()) for label in rows]  # a prompt may have several lines
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = max((int(probe.textlength(label)) for label in rows), default=0) + (2 * MARGIN if rows else 0)
     height = max(image.height for _, image in panels)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.config import RunConfig, resolve
 from fewstep.environment import device_of
+from fewstep.models.adapters import LoRA
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.trio import Sharing, Trio
 from fewstep.objectives.base import student_of
@@ -19,8 +20,8 @@ from fewstep.sampling import Student
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.pipelines import load_teacher
 from fewstep.training import checkpoint
-from fewstep.training.checkpoint import CONFIG, PROMPTS
-from fewstep.training.prompts import read_prompts
+from fewstep.training.checkpoint import CONFIG
+from fewstep.training.prompts import copy_in, read_prompts
 from fewstep.types import Role
 
 
@@ -38,6 +39,28 @@ def load_student(
     """
     folder = Path(folder)
     student = untrained_student(folder, teacher=teacher, device=device)
+    saved = _saved(folder, which, student.teacher)
+    student.denoiser.load(_merged(student, folder, saved.tensors["ema"]))
+    return replace(student, iteration=saved.state["progress"]["iteration"])
+
+
+def load_adapter(
+    folder: str | Path, teacher: Teacher, which: Literal["best", "last"] = "best"
+) -> tuple[dict[str, Tensor], LoRA]:
+    """The averaged adapter of a run whose student is one, by peft's names, and its rank and scale.
+
+    teacher: the run's.  Raises ValueError if the student is a full network, else as `load_student`.
+    """
+    config = resolve(config=Path(folder) / CONFIG)
+    if config.train.sharing != "lora":
+        raise ValueError(
+            f"the student of {folder} is a full network (sharing {config.train.sharing!r}), not an adapter; export it "
+            "as a pipeline, or distil with --sharing lora"
+        )
+    return dict(_saved(Path(folder), which, teacher).tensors["ema"]), config.train.lora
+
+
+def _saved(folder: Path, which: Literal["best", "last"], teacher: Teacher) -> checkpoint.Checkpoint:
     newest = checkpoint.newest_valid(folder, only="ema")
     if newest is None:
         raise FileNotFoundError(f"no valid checkpoint in {folder / 'checkpoints'}")
@@ -45,10 +68,9 @@ def load_student(
     best = saved.state["progress"]["best"]
     if which == "best" and best is not None and best["iteration"] != saved.state["progress"]["iteration"]:
         saved = checkpoint.read(checkpoint.folder_of(folder, int(best["iteration"])), only="ema")
-    if saved.state["teacher"] != checkpoint.fingerprint(student.teacher.denoiser):
-        raise ValueError(f"{folder} was distilled from other weights than those of {student.teacher.card.name!r} now")
-    student.denoiser.load(_merged(student, folder, saved.tensors["ema"]))
-    return replace(student, iteration=saved.state["progress"]["iteration"])
+    if saved.state["teacher"] != checkpoint.fingerprint(teacher.denoiser):
+        raise ValueError(f"{folder} was distilled from other weights than those of {teacher.card.name!r} now")
+    return saved
 
 
 def untrained_student(folder: str | Path, *, teacher: Teacher | None = None, device: str = "auto") -> Student:
@@ -60,8 +82,8 @@ def untrained_student(folder: str | Path, *, teacher: Teacher | None = None, dev
     teacher = teacher or load_teacher(config.teacher, **config.teacher_options)
     if config.negative_prompt is not None:
         teacher = teacher.against(config.negative_prompt)
-    files = (Path(folder) / PROMPTS, Path(config.prompts)) if config.prompts else ()  # the run's copy first
-    if found := [path for path in files if path.is_file()]:
+    files = [copy_in(Path(folder)), Path(config.prompts)] if config.prompts else []  # the run's copy first
+    if found := [path for path in files if path is not None and path.exists()]:
         teacher = teacher.showing(read_prompts(found[0]))
     denoiser = _generator(config, teacher)
     return Student(denoiser.to(place).eval().requires_grad_(False), teacher, config.objective.sampler)

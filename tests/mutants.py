@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.bugs import (
     attention,
     boot,
+    cache,
     decoupled_dmd,
     dmd2,
     jvp,
@@ -48,6 +49,7 @@ CRASHES = ("NameError", "TypeError", "AttributeError", "ImportError", "SyntaxErr
 FILES = (
     attention,
     boot,
+    cache,
     decoupled_dmd,
     dmd2,
     jvp,

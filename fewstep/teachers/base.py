@@ -22,7 +22,11 @@ class PromptEncoder(Protocol):
     """Prompts to conditions; the condition carries the empty prompt for guidance."""
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        """B prompts -> Condition with [B, ...] tensors."""
+        """B prompts -> Condition with [B, ...] tensors.
+
+        A row's numbers do not depend on the other prompts, but for its length, the first dimension: it may be padded
+        with zeros.  "length" [B] int64, if there, says how many tokens of "text" count.
+        """
         ...
 
 
@@ -46,6 +50,16 @@ class Codec(Protocol):
         ...
 
 
+class Latents(Protocol):
+    """Samples in the space where diffusion runs, [N, *shape]: a tensor, or what reads rows of one from the disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor:
+        """The rows [B] long, in their order."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reals:
     """Samples of the data that a teacher was trained on or is to be judged by.
@@ -53,8 +67,8 @@ class Reals:
     latents: [N, *shape], any float dtype, in the space where diffusion runs.  captions: their N prompts.
     """
 
-    latents: Tensor
-    captions: tuple[str, ...]
+    latents: Tensor | Latents
+    captions: Sequence[str]
 
     def __post_init__(self) -> None:
         if len(self.latents) != len(self.captions) or not self.captions:
@@ -129,7 +143,7 @@ class Teacher:
     codec: Codec
     shape: tuple[int, ...]
     card: TeacherCard
-    prompts: tuple[str, ...]
+    prompts: Sequence[str]
     grid: Callable[[int], Tensor]
     solver: Method = "euler"
     guidance: float = 1.0
@@ -144,7 +158,7 @@ class Teacher:
 
     def showing(self, prompts: Sequence[str]) -> Teacher:
         """This teacher with `prompts` as its own if it brings none; its own are its evaluation's and stay."""
-        return self if self.prompts else replace(self, prompts=tuple(prompts))
+        return self if self.prompts else replace(self, prompts=prompts)
 
     def against(self, negative_prompt: str) -> Teacher:
         """This teacher with a negative prompt in the place of the empty one, for guidance.

@@ -11,9 +11,12 @@ from torch.nn.functional import pad
 
 from fewstep.types import Condition
 
+KNOWN = 2**28
+"""Bytes of embeddings that an encoder remembers."""
+
 
 class PipelineEncoder:
-    """Prompts to what the pipeline tells its network of them, one prompt at a time, each once.
+    """Prompts to what the pipeline tells its network of them, one prompt at a time, remembered while they are few.
 
     encode: a prompt -> its tensors by name, [1, ...]; "text" are its tokens, [1, L, D].  One at a time because
     CogView4Pipeline pads to the longest prompt of the call: in a batch, a prompt's embedding would depend on its
@@ -29,7 +32,10 @@ class PipelineEncoder:
     @torch.no_grad()
     def _row(self, prompt: str) -> dict[str, Tensor]:
         if prompt not in self._known:
-            self._known[prompt] = {name: value.detach() for name, value in self._encode(prompt).items()}
+            made = {name: value.detach() for name, value in self._encode(prompt).items()}
+            if len(self._known) * sum(value.nbytes for value in made.values()) > KNOWN:
+                self._known.clear()
+            self._known[prompt] = made
         return self._known[prompt]
 
     def __call__(self, prompts: Sequence[str]) -> Condition:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+BLOCK = 4096
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -61,6 +63,26 @@ def _numbers_in(folder: Path) -> int:
         with safe_open(path, "pt") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count
+
+
+def contents(folder: Path, parts: Sequence[str]) -> str:
+    """Tells apart the named parts of pipeline folders, such as "text_encoder" and its like (text_encoder_2).
+
+    The pipeline's class and settings, every small file, and of each file of weights its size and 256 blocks: enough
+    for any training, and cheap.  Where the folder lies does not count.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    settings = {name: value for name, value in index.items() if name == "_class_name" or not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    files = (p for part in folder.iterdir() if part.name.startswith(tuple(parts)) for p in part.rglob("*"))
+    for path in sorted(path for path in files if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(BLOCK, size // 256)):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 @contextmanager

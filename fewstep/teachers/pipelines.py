@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from fewstep.registry import Registry
+from fewstep.teachers import hub
 from fewstep.teachers.base import TEACHERS, Teacher
 from fewstep.teachers.folders import check_folder, check_weights, quiet
 
@@ -32,12 +33,16 @@ def load_teacher(name_or_path: str, **options: Any) -> Teacher:
     Hub ids use HF_HOME and HF_TOKEN as huggingface_hub does.  Only safetensors are read and no remote code is run.
     Raises LookupError for a name that is none of the three, ValueError for a folder or model that cannot be used.
     """
-    hub_or_folder = name_or_path not in TEACHERS and (Path(name_or_path).exists() or name_or_path.count("/") == 1)
-    make = partial(from_pipeline, name_or_path) if hub_or_folder else TEACHERS.get(name_or_path)
+    make = partial(from_pipeline, name_or_path) if is_place(name_or_path) else TEACHERS.get(name_or_path)
     try:
         return make(**options)
     except TypeError as error:
         raise ValueError(f"teacher {name_or_path!r} with options {options}: {error}") from error
+
+
+def is_place(name_or_path: str) -> bool:
+    """Whether this is no registered name but a folder that is here, or may be a hub id."""
+    return name_or_path not in TEACHERS and (Path(name_or_path).exists() or name_or_path.count("/") == 1)
 
 
 def pipeline_class(name_or_path: str, source: str | None = None) -> str | None:
@@ -74,16 +79,14 @@ def from_pipeline(
     """
     if dtype not in DTYPES:
         raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
-    options = {name: value for name, value in {"revision": revision, "variant": variant}.items() if value is not None}
     local = Path(source).exists()
-    if local:
-        _known(check_folder(Path(source)), source, family)
+    _known(check_folder(Path(source)) if local else _class_on_hub(source, revision), source, family)
     from diffusers import DiffusionPipeline
 
+    folder = Path(source) if local else hub.fetch(source, revision, variant)
     dtypes: Any = {"default": DTYPES[dtype], "vae": torch.float32}
     files = {"use_safetensors": True} | ({} if variant is None else {"variant": variant})
     try:
-        folder = Path(source) if local else _fetch(source, options, family)
         with quiet():  # after the hub's own bars
             pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **files)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
@@ -92,8 +95,13 @@ def from_pipeline(
     check_weights(pipe, str(folder))
     teacher = make(pipe, source)
     commit = None if local else _commit(folder)
-    options |= {} if dtype == "fp32" else {"dtype": dtype}
+    given = {"revision": revision, "variant": variant, "dtype": None if dtype == "fp32" else dtype}
+    options = {name: value for name, value in given.items() if value is not None}
     return replace(teacher, card=replace(teacher.card, revision=commit), folder=folder, options=options)
+
+
+def _class_on_hub(source: str, revision: str | None) -> str:
+    return str(hub.fetch_index(source, revision).get("_class_name"))
 
 
 def _known(name: str, source: str, wanted: str | None) -> None:
@@ -101,16 +109,6 @@ def _known(name: str, source: str, wanted: str | None) -> None:
     FAMILIES.get(name)
     if wanted is not None and name != wanted:
         raise ValueError(f"{source!r} is a {name}, and this teacher is a {wanted}; name a pipeline of that class")
-
-
-def _fetch(source: str, options: dict[str, Any], family: str | None) -> Path:
-    """The hub's snapshot folder, once its small index has said that the family is known."""
-    from diffusers import DiffusionPipeline
-
-    revision = {name: value for name, value in options.items() if name == "revision"}
-    index: Any = DiffusionPipeline.load_config(source, **revision)
-    _known(str(index.get("_class_name")), source, family)
-    return Path(DiffusionPipeline.download(source, use_safetensors=True, **options))
 
 
 def _commit(snapshot: Path) -> str | None:

@@ -60,19 +60,23 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a text file atomically: a kill leaves the old one or the new one.
+
+    shared: several processes may write it at once.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp" if shared else ".tmp")
     temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
     os.replace(temporary, path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file atomically, making its folder; two processes that write the same one do no harm."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary)
+    held = None if metadata is None else dict(metadata)
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, held)
     _flush(temporary)
     os.replace(temporary, path)
 

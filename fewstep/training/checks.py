@@ -13,13 +13,13 @@ from fewstep.environment import device_of
 from fewstep.metrics.clip_score import WEIGHTS as CLIP_WEIGHTS
 from fewstep.models.perception import check_lpips
 from fewstep.teachers.base import TEACHERS, Teacher
-from fewstep.teachers.pipelines import UNETS, pipeline_class
+from fewstep.teachers.pipelines import UNETS, is_place, pipeline_class
 from fewstep.teachers.published import Published
 from fewstep.training import checkpoint
-from fewstep.training.checkpoint import CONFIG, PROMPTS
+from fewstep.training.checkpoint import CONFIG
 from fewstep.training.options import TrainConfig
 from fewstep.training.pairs import PairsCard, read_card
-from fewstep.training.prompts import read_prompts
+from fewstep.training.prompts import copy_in, read_prompts
 from fewstep.types import Need
 from fewstep_cuda import dispatch
 
@@ -33,15 +33,14 @@ NO_CLIP = (
 )
 
 
-def given_prompts(config: RunConfig, out: Path, resume: bool) -> tuple[str, ...] | None:
+def given_prompts(config: RunConfig, out: Path, resume: bool) -> Sequence[str] | None:
     """The prompts of the file that the configuration names; of the resumed run's copy where its own file has gone."""
     if not config.prompts:
         return None
-    copy = out / PROMPTS
-    gone = resume and copy.is_file() and not Path(config.prompts).exists()
+    copy = copy_in(out) if resume and not Path(config.prompts).exists() else None
     # Only for the very name that the run was started with: another one would be a new file's, misspelt.
-    moved = gone and read_yaml(out / CONFIG).get("prompts") == config.prompts
-    return read_prompts(copy if moved else config.prompts)
+    moved = copy is not None and read_yaml(out / CONFIG).get("prompts") == config.prompts
+    return read_prompts(copy if moved and copy is not None else config.prompts)
 
 
 def given_pairs(config: RunConfig) -> PairsCard | None:
@@ -104,22 +103,25 @@ def check_family(config: RunConfig) -> None:
 
 
 def check_brought(config: RunConfig, loaded: bool) -> None:
-    """That prompts and pictures are named for a teacher that brings none, before it is fetched.
+    """That prompts and pictures are named for a teacher that brings none, before it is fetched from the hub.
 
     loaded: it is here already, and may bring anything.
     """
-    name = config.teacher
-    if loaded or not _pipeline(name):
+    source = config.teacher_options.get("source", config.teacher)
+    if loaded or not _pipeline(config.teacher):
+        return
+    if Path(source).exists():  # what is wrong with the folder comes first, and takes no time
+        pipeline_class(config.teacher, config.teacher_options.get("source"))
         return
     if not config.prompts:
-        raise ValueError(NO_PROMPTS.format(name))
+        raise ValueError(NO_PROMPTS.format(config.teacher))
     if "latents" in config.objective.needs and config.data is None:
-        raise ValueError(_no_reals(config, name))
+        raise ValueError(_no_reals(config, config.teacher))
 
 
 def _pipeline(name: str) -> bool:
     """Whether this is a diffusers pipeline, which brings nothing with it; the embedded teachers bring all."""
-    return name not in TEACHERS or isinstance(TEACHERS.get(name), Published)
+    return is_place(name) or (name in TEACHERS and isinstance(TEACHERS.get(name), Published))
 
 
 def check_lookers(config: RunConfig, loaded: bool) -> None:

@@ -2,88 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from rich.console import Console
 
-from fewstep.rng import key
-from fewstep.sampling import Advance
-from fewstep.teachers.base import PromptEncoder
+from fewstep.config import RunConfig
+from fewstep.teachers.base import Teacher
+from fewstep.training import parallel
+from fewstep.training.cache import Share
+from fewstep.training.embeddings import Encoder, StoredConditions, card_of, note_of
+from fewstep.training.latents import card_of as codec_card_of
+from fewstep.training.latents import encoded
+from fewstep.training.order import Order
 from fewstep.training.pairs import PairData
+from fewstep.training.prompts import text_blocks
 from fewstep.training.reals import RealData
 from fewstep.types import Batch, Condition
-
-PIECE = 16
-"""Prompts encoded between two words of progress."""
 
 
 class PromptData:
     """Encoded prompts, shuffled anew each epoch.
 
     Sample i of the run gets prompt permutation(seed, i // N)[i % N]: every prompt once per epoch, the same on any
-    number of processes.  Encoded once and kept; the encoders are free afterwards.
+    number of processes.  Encoded once; the encoders are free afterwards.
+    encode: a prompt encoder, or an `Encoder`, whose conditions of many prompts stay on the disk, as the prompts may.
     reals, pairs: real samples, and pairs of the teacher's ODE, that come with each batch, under captions of their own.
     """
 
     def __init__(
         self,
         prompts: Sequence[str],
-        encode: PromptEncoder,
+        encode: Callable[[Sequence[str]], Condition | StoredConditions],
         shape: tuple[int, ...],
         seed: int,
-        progress: Advance | None = None,
         reals: RealData | None = None,
         pairs: PairData | None = None,
     ) -> None:
-        self.prompts = tuple(prompts)
+        self.prompts = prompts
         self.reals, self.pairs = reals, pairs
         self.shape = shape
-        self.seed = seed
-        digest = sha256("\n".join(self.prompts).encode())  # prompts hold no line ends
+        self.order = Order("prompts", seed, len(prompts))
+        digest = sha256()
+        for block in text_blocks(prompts):
+            digest.update(block)
         for more in (reals, pairs):
             if more is not None:
                 digest.update(more.digest.encode())
         self.digest = digest.hexdigest()
-        self._conditions = _encoded(self.prompts, encode, progress)
-        bad = [k for k, v in self._conditions.tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-        if bad:
-            raise ValueError(
-                f"the text encoder gave non-finite values in {bad}; its weights are damaged or overflow in this dtype"
-            )
-        self._epoch = lru_cache(maxsize=2)(self._permutation)
-
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if len(self.prompts) == 1:  # an epoch is a sample long: there would be one permutation for each
-            return torch.zeros(1, dtype=torch.long)
-        generator = torch.Generator().manual_seed(key(self.seed, "prompts", epoch))
-        return torch.randperm(len(self.prompts), generator=generator)
-
-    def indices(self, sample_ids: Sequence[int]) -> torch.Tensor:
-        """Which prompt each sample gets, [B] int64."""
-        n = len(self.prompts)
-        return torch.stack([self._epoch(i // n)[i % n] for i in sample_ids])
+        self._conditions = encode(prompts)
 
     def batch(self, sample_ids: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """The micro-batch of these global sample indices."""
-        rows = self.indices(sample_ids)
-        tensors = {k: v[rows] for k, v in self._conditions.tensors.items()}
-        cond = Condition(tensors, self._conditions.null).to(device)
+        rows = self.order.rows(sample_ids)
+        cond = self._conditions[rows].to(device)
         real = self.reals.batch(sample_ids, device) if self.reals is not None else None
         pair = self.pairs.batch(sample_ids, device) if self.pairs is not None else None
-        prompts = tuple(self.prompts[row] for row in rows.tolist())
+        prompts = tuple(self.prompts[int(row)] for row in rows.tolist())
         return Batch(cond, self.shape, tuple(sample_ids), real, pair, prompts)
 
 
-def _encoded(prompts: Sequence[str], encode: PromptEncoder, progress: Advance | None) -> Condition:
-    """All prompts by one call, which makes their rows equally long.
+def load_data(
+    config: RunConfig,
+    teacher: Teacher,
+    prompts: Sequence[str],
+    captions: Sequence[str] | None,
+    accelerator: Accelerator,
+    console: Console,
+) -> PromptData:
+    """Prompts, and the real samples and pairs that the method asks for; encoded, each process its share.
 
-    Before it, piece by piece, so that progress can be told: an encoder that takes long keeps what it encoded.
+    captions: of the pictures that the configuration names, if it does; else the teacher brings real samples.
     """
-    if progress is not None:
-        for start in range(0, len(prompts), PIECE):
-            piece = prompts[start : start + PIECE]
-            encode(piece)
-            progress(len(piece))
-    return encode(prompts)
+    train, note = config.train, note_of(teacher)
+    together = partial(parallel.failing_together, "encoding", accelerator)
+    share = Share(accelerator.process_index, accelerator.num_processes, together)
+    encode = Encoder(
+        teacher.encode,
+        card_of(teacher, prompts, config.negative_prompt),
+        note=note,
+        where=train.prompt_cache,
+        console=console,
+        share=share,
+    )
+    reals = pairs = None
+    if "latents" in config.objective.needs and captions is not None:
+        path, codec = Path(str(config.data)), codec_card_of(teacher)
+        found = encoded(path, captions, teacher.codec, teacher.shape, codec, note=note, console=console, share=share)
+        reals = RealData(found, encode, train.seed)
+    elif "latents" in config.objective.needs:
+        assert teacher.reals is not None  # check_needs
+        reals = RealData(teacher.reals(), encode, train.seed)
+    if config.pairs:
+        pairs = PairData(Path(config.pairs), encode, train.seed)
+    return PromptData(prompts, encode, teacher.shape, train.seed, reals, pairs)

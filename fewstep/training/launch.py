@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.bar import bar
 from fewstep.config import RunConfig, differences, read_yaml
 from fewstep.environment import describe, device_of
 from fewstep.metrics.clip_score import agreement, load_clip_scorer
@@ -40,11 +39,11 @@ from fewstep.training.checks import (
     given_pairs,
     given_prompts,
 )
-from fewstep.training.data import PromptData
+from fewstep.training.data import PromptData, load_data
+from fewstep.training.latents import captions_of
 from fewstep.training.options import TrainConfig
-from fewstep.training.pairs import PairData
 from fewstep.training.preview import Preview
-from fewstep.training.reals import RealData, captioned_pictures, encoded
+from fewstep.training.prompts import LISTED, write_copy
 from fewstep.training.trainer import Trainer
 
 OURS = (
@@ -60,7 +59,7 @@ OURS = (
 )
 LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp", "eval.tmp")
 """What a run writes into its folder (the latter if it is killed), and what --overwrite deletes."""
-COPY = (PROMPTS, "prompts.tmp")
+COPY = (PROMPTS, LISTED, "prompts.tmp")
 """Deleted with a run, but no sign of one: a user's own file may well have this name."""
 
 
@@ -82,8 +81,7 @@ def prepare(
     console = console or Console(stderr=True)
     check_surroundings(config.train)
     given = given_prompts(config, out, resume)
-    if config.data is not None:
-        captioned_pictures(Path(config.data))
+    captions = captions_of(Path(config.data)) if config.data is not None else None
     card = given_pairs(config)
     check_student(config, resume)
     check_family(config)
@@ -99,10 +97,7 @@ def prepare(
     accelerator = _accelerator(config.train)
     console = console if accelerator.is_main_process else Console(quiet=True)
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
-    reals = _real_data(config, teacher, console) if "latents" in config.objective.needs else None
-    pairs = PairData(Path(config.pairs), teacher.encode, config.train.seed) if config.pairs else None
-    with bar("encoding prompts", len(prompts), console) as done:
-        data = PromptData(prompts, teacher.encode, teacher.shape, config.train.seed, done, reals, pairs)
+    data = load_data(config, teacher, prompts, captions, accelerator, console)
     trio = build_trio(config, teacher, data, again=start is not None)
     showing, samples = teacher.showing(prompts), config.train.evaluate_samples
     monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
@@ -122,7 +117,7 @@ def prepare(
             _clear(out)
         checkpoint.write_text(out / CONFIG, config.to_yaml())
         if given:
-            checkpoint.write_text(out / PROMPTS, "\n".join(given) + "\n")
+            write_copy(given, out)
         checkpoint.write_text(out / "environment.json", json.dumps(describe(), indent=1))
     return trainer, teacher
 
@@ -183,19 +178,6 @@ def _started(
         return network
 
     return lambda make: filled(make) if own is None else own(lambda: filled(make))
-
-
-def _real_data(config: RunConfig, teacher: Teacher, console: Console) -> RealData:
-    """The pictures of the folder that the configuration names, or the samples that the teacher brings."""
-    if config.data is not None:
-        folder = Path(config.data)
-        source = f"{teacher.card.source}@{teacher.card.revision}"
-        with bar("encoding pictures", len(captioned_pictures(folder)), console) as done:
-            reals = encoded(folder, teacher.codec, teacher.shape, source, done)
-    else:
-        assert teacher.reals is not None  # check_needs
-        reals = teacher.reals()
-    return RealData(reals, teacher.encode, config.train.seed)
 
 
 def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) -> Path | None:

@@ -8,6 +8,7 @@ from typing import Literal
 from fewstep.environment import check_device
 from fewstep.models.adapters import LoRA
 from fewstep.models.trio import Sharing
+from fewstep.training.embeddings import Where
 from fewstep.training.optim import OptimConfig
 
 
@@ -27,6 +28,7 @@ class TrainConfig:
     sharing: Sharing = "copies"
     lora: LoRA = LoRA()  # of the roles that are adapters
     gradient_checkpointing: bool = False
+    prompt_cache: Where = "auto"  # encoded prompts: in memory, on disk, or on disk if they take more than 1 GiB
     generator: OptimConfig = OptimConfig()
     critic: OptimConfig = OptimConfig()
     ema: float = 0.0  # decay of the averaged student, 0 = none; DMD2 uses none

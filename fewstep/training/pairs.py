@@ -8,22 +8,22 @@ seed + i, and each shard keeps its first one, so that another generator of rando
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.diffusion import ode
-from fewstep.rng import key
 from fewstep.sampling import Advance, check_count, cycled, numbered_noise
-from fewstep.teachers.base import PromptEncoder, Teacher
-from fewstep.training.checkpoint import fingerprint, write_tensors, write_text
+from fewstep.teachers.base import Teacher
+from fewstep.training.checkpoint import fingerprint, write_text
+from fewstep.training.embeddings import StoredConditions
+from fewstep.training.order import Order
+from fewstep.training.shards import Shards
 from fewstep.types import Condition, Pair
 
 CARD, PROMPTS = "pairs.json", "prompts.json"
@@ -51,9 +51,9 @@ class PairsCard:
     negative_prompt: str | None = None
     shard: int  # pairs in a file
 
-    def starts(self) -> range:
-        """The first pair of each shard."""
-        return range(0, self.n, self.shard)
+    def shards(self, folder: Path) -> Shards:
+        """The files of its pairs."""
+        return Shards(folder, self.n, self.shard)
 
 
 def make_pairs(
@@ -95,12 +95,14 @@ def make_pairs(
         shard=SHARD,
     )
     card = _open(out, card, prompts)
-    for start in card.starts():
-        stop = min(start + card.shard, n)
-        if _rows(_shard(out, start)) < stop - start:
-            _write_shard(teacher, card, cycled(prompts, start, stop), out, start, batch_size, progress)
+    shards = card.shards(out)
+    for start in shards.starts():
+        rows = shards.rows(start)
+        if shards.whole(start):
+            progress(len(rows))
         else:
-            progress(stop - start)
+            made = _made(teacher, card, cycled(prompts, rows.start, rows.stop), start, batch_size, progress)
+            shards.write(start, {"x0": made, "first_noise": _numbered(card, [start])})
     return card
 
 
@@ -123,7 +125,8 @@ def read_card(folder: str | Path) -> PairsCard:
         card = PairsCard(**found | {"shape": tuple(found["shape"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / CARD} does not describe pairs ({error}); build them again") from error
-    ready = sum(_rows(_shard(folder, start)) for start in card.starts())
+    shards = card.shards(folder)
+    ready = sum(len(shards.rows(start)) for start in shards.starts() if shards.whole(start))
     if ready < card.n:
         raise ValueError(f"{folder} holds {ready} of its {card.n} pairs; run the same `fewstep pairs` again")
     return card
@@ -135,39 +138,28 @@ class PairData:
     Shards are read row by row; no more than a micro-batch lies in memory.
     """
 
-    def __init__(self, folder: Path, encode: PromptEncoder, seed: int) -> None:
-        self.folder, self.seed, self.card = folder, seed, read_card(folder)
+    def __init__(
+        self, folder: Path, encode: Callable[[Sequence[str]], Condition | StoredConditions], seed: int
+    ) -> None:
+        self.card = read_card(folder)
+        self.order = Order("pairs", seed, self.card.n)
         prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
         self.digest = sha256("\n".join([json.dumps(asdict(self.card)), *prompts]).encode()).hexdigest()
         known = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         self._captions = torch.tensor([known[prompt] for prompt in prompts])
         self._conditions = encode(tuple(known))
-        self._epoch = lru_cache(maxsize=2)(self._permutation)
-        self._file = lru_cache(maxsize=64)(lambda start: safe_open(_shard(folder, start), "pt"))
-        if not torch.equal(self._file(0).get_tensor("first_noise"), self._noise([0])):
+        self._shards = self.card.shards(folder)
+        if not torch.equal(self._shards.tensor(0, "first_noise"), _numbered(self.card, [0])):
             raise ValueError(
                 f"the noise of {folder}'s pairs cannot be made again by this version of torch: build them anew"
             )
 
-    def _permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(key(self.seed, "pairs", epoch))
-        return torch.randperm(self.card.n, generator=generator)
-
-    def _noise(self, rows: Sequence[int]) -> Tensor:
-        return _numbered(self.card, rows)
-
-    def _x0(self, row: int) -> Tensor:
-        start = row - row % self.card.shard
-        return self._file(start).get_slice("x0")[row - start]
-
     def batch(self, sample_ids: Sequence[int], device: torch.device | str = "cpu") -> Pair:
         """The pairs of these global sample indices, float32."""
-        n = self.card.n
-        rows = [int(self._epoch(i // n)[i % n]) for i in sample_ids]
-        captions = self._captions[torch.tensor(rows) % len(self._captions)]
-        cond = Condition({k: v[captions] for k, v in self._conditions.tensors.items()}, self._conditions.null)
-        x0 = torch.stack([self._x0(row) for row in rows]).float()
-        return Pair(self._noise(rows).to(device), x0.to(device), cond.to(device))
+        rows = self.order.rows(sample_ids)
+        cond = self._conditions[self._captions[rows % len(self._captions)]]
+        x0 = torch.cat([self._shards.row(row, "x0")["x0"] for row in rows.tolist()]).float()
+        return Pair(_numbered(self.card, rows.tolist()).to(device), x0.to(device), cond.to(device))
 
 
 def _open(out: Path, card: PairsCard, prompts: Sequence[str]) -> PairsCard:
@@ -194,9 +186,10 @@ def _open(out: Path, card: PairsCard, prompts: Sequence[str]) -> PairsCard:
 
 
 @torch.no_grad()
-def _write_shard(
-    teacher: Teacher, card: PairsCard, prompts: list[str], out: Path, start: int, batch_size: int, progress: Advance
-) -> None:
+def _made(
+    teacher: Teacher, card: PairsCard, prompts: list[str], start: int, batch_size: int, progress: Advance
+) -> Tensor:
+    """The samples of pairs start, start + 1, ... under these prompts, fp16."""
     denoiser, grid, parts = teacher.denoiser, teacher.grid(card.num_steps), []
     device = next((p.device for p in [*denoiser.parameters(), *denoiser.buffers()]), torch.device("cpu"))
     for first in range(0, len(prompts), batch_size):
@@ -209,24 +202,9 @@ def _write_shard(
             raise ValueError(f"the teacher's samples {rows[0]} to {rows[-1]} are not finite; its file may be damaged")
         parts.append(x0.half().cpu())
         progress(len(some))
-    write_tensors(_shard(out, start), {"x0": torch.cat(parts), "first_noise": _numbered(card, [start])})
+    return torch.cat(parts)
 
 
 def _numbered(card: PairsCard, rows: Sequence[int]) -> Tensor:
     """Unit noise of the pairs `rows`, [B, *shape] float32."""
     return numbered_noise(card.shape, [torch.Generator("cpu").manual_seed(card.seed + row) for row in rows])
-
-
-def _shard(folder: Path, start: int) -> Path:
-    return folder / f"{start:08d}.safetensors"
-
-
-def _rows(shard: Path) -> int:
-    """How many pairs a shard holds; 0 if there is none, or a damaged one."""
-    if not shard.is_file():
-        return 0
-    try:
-        with safe_open(shard, "pt") as opened:
-            return opened.get_slice("x0").get_shape()[0]
-    except SafetensorError:
-        return 0

@@ -72,7 +72,12 @@ class Preview:
 
 def grid_prompts(prompts: Sequence[str], limit: int = 10) -> list[str]:
     """Up to `limit` of the teacher's prompts, the rows of a grid."""
-    return list(dict.fromkeys(prompts))[:limit]
+    found: dict[str, None] = {}
+    for prompt in prompts:  # of millions, only the first few are looked at
+        found[prompt] = None
+        if len(found) == limit:
+            break
+    return list(found)
 
 
 def titled_grid(panels: Sequence[tuple[str, Tensor]], prompts: Sequence[str], per_prompt: int) -> Image.Image:

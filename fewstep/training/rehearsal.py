@@ -61,7 +61,7 @@ def rehearse(config: RunConfig, teacher: Teacher) -> Rehearsal:
     assert teacher.reals is not None
     reals = RealData(teacher.reals(), teacher.encode, seed) if "latents" in needs else None
     pairs: Any = _pairs(teacher) if "pairs" in needs else None
-    data = PromptData(("",), teacher.encode, teacher.shape, seed, None, reals, pairs)
+    data = PromptData(("",), teacher.encode, teacher.shape, seed, reals, pairs)
     trio = build_trio(config, teacher, data)
     trainer = Rehearsal(config.train, trio, config.objective, data, out=Path(), accelerator=accelerator)
     if (last := len(trainer.stages) - 1) > 0:

@@ -24,10 +24,20 @@ def check_refused(result, *words: str) -> None:
     assert not missing, (missing, lines[0])
 
 
+SDXL = ("--teacher", "sdxl", "--set", "train.accumulate=1")
 FLAGS = {
     "teacher": (["--teacher", "mixtur"], ["'mixtur'", "Did you mean 'mixture'?", "gaussian", "--plugin"]),
     "teacher-path": (["--teacher", "/no/such/folder"], ["'/no/such/folder'", "Known:", "mixture"]),
     "hub-id": (["--teacher", "nobody/nothing"], ["'nobody/nothing'"]),
+    "published-without-prompts": ([*SDXL], ["'sdxl' brings no prompts", "--prompts FILE"]),
+    "published-without-pictures": (
+        [*SDXL, "--prompts", "README.md", "--set", "method.gan_weight=0.1"],
+        ["needs real samples (its GAN)", "'sdxl' brings none", "--data FOLDER", "method.gan_weight=0"],
+    ),
+    "published-source": (
+        [*SDXL, "--prompts", "README.md", "--set", "teacher.source=tests"],
+        ["tests is no diffusers pipeline folder", "model_index.json is missing"],
+    ),
     "method": (["--method", "dmmd2"], ["'dmmd2'", "Did you mean 'dmd2'?", "Known: ", "dmd, dmd2"]),
     "steps-negative": (["--num-steps", "-2"], ["num_steps must be >= 1", "-2"]),
     "steps-zero": (["--num-steps", "0"], ["num_steps must be >= 1", "0"]),
@@ -87,6 +97,7 @@ SETTINGS = {
     "accumulate": ("train.accumulate=3", ["batch_size 4", "not a multiple of accumulate 3"]),
     "ema": ("train.ema=1", ["ema must be in [0, 1)", "1"]),
     "betas": ("train.generator.betas=[0.9,1.0]", ["betas must lie in [0, 1)", "1.0"]),
+    "prompt-cache": ("train.prompt_cache=ram", ["train.prompt_cache", "'ram'", "'auto', 'memory' or 'disk'"]),
     "prompts-number": ("prompts=5", ["prompts = 5", "path of a text file"]),
     "teacher-option": ("teacher.modez=3", ["'gaussian'", "modez"]),
     "teacher-schedule": ("teacher.schedule=cosine", ["'cosine'", "flow, vp, edm, trig"]),
@@ -148,6 +159,15 @@ def test_command_without_its_object_is_refused(cli, arguments, words):
 FILES = {
     "prompts-empty": ("--prompts", "p.txt", b"\n  \n", ["p.txt holds no prompt", "one per line"]),
     "prompts-latin1": ("--prompts", "p.txt", b"caf\xe9\n", ["p.txt is not UTF-8", "save it as UTF-8"]),
+    "prompts-jsonl": (
+        "--prompts",
+        "p.jsonl",
+        b'{"text": "a"}\n{"txt": "b"}',
+        ["line 2", '"text" or "prompt"'],
+    ),
+    "prompts-tar": ("--prompts", "p.tar", b"hello", ["p.tar cannot be read as a tar file", "not compressed"]),
+    "data-file": ("--data", "d.zip", b"PK", ["no folder", "d.zip", "a folder of pictures, a .tar or"]),
+    "data-tar": ("--data", "d.tar", b"", ["d.tar cannot be read as a tar file", "not compressed"]),
     "config-broken": ("--config", "c.yaml", b"train: [1\n", ["c.yaml is not valid YAML"]),
     "config-list": ("--config", "c.yaml", b"- 1\n- 2\n", ["c.yaml must hold a mapping", "teacher, method, train"]),
     "config-section": ("--config", "c.yaml", b"trainer: {seed: 1}\n", ["trainer", "Did you mean 'train'?"]),

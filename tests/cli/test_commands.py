@@ -1,10 +1,13 @@
 """The user's path: distil, list, sample, evaluate, each as a fresh process; what the run folder then holds."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -278,3 +281,35 @@ assert CliRunner().invoke(app, ["--help"]).exit_code == 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """Twelve captioned pictures in a tar file, which are its prompts, too; some captions have two lines."""
+    path = tmp_path_factory.mktemp("archive") / "0.tar"
+    with tarfile.open(path, "w") as made:
+        for i in range(12):
+            held = io.BytesIO()
+            Image.new("L", (20, 16), 20 * i).save(held, "PNG")
+            for kind, data in (("json", json.dumps({"text": f"a bag\nnumber {i}"}).encode()), ("png", held.getvalue())):
+                info = tarfile.TarInfo(f"{i:03d}.{kind}")
+                info.size = len(data)
+                made.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_a_run_from_the_disk_is_the_run_from_memory(cli, pipeline_folder, archive, tmp_path, monkeypatch):
+    """Prompts, captions and latents of an archive; the student's bytes are the same.  The run may change where its
+    prompts are as it goes on, and is sampled on its copy of them."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fewstep.training.cache.SHARD", 5)
+    flags = ["distill", "--teacher", pipeline_folder, "--prompts", archive, "--data", archive, "--method", "dmd2"]
+    flags += ["--set", "method.gan_weight=0.1", "--set", "method.guidance=2", "--batch-size", "2", "--device", "cpu"]
+    runs = [tmp_path / "run", tmp_path / "other"]
+    for run, places in zip(runs, (("auto", "disk"), ("disk", "memory")), strict=True):
+        for place, more in zip(places, (["--iterations", 1], ["--iterations", 2, "--resume"]), strict=True):
+            done = cli(*flags, "--out", run, *more, "--set", f"train.prompt_cache={place}")
+            assert done.exit_code == 0, done.output
+    assert len({(run / "checkpoints" / "00000002" / "ema.safetensors").read_bytes() for run in runs}) == 1
+    assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 1  # captions are the same texts
+    assert load_student(runs[0]).teacher.prompts == tuple(f"a bag\nnumber {i}" for i in range(12))

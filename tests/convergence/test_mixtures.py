@@ -6,6 +6,7 @@ import torch
 import fewstep
 from fewstep.api import Run
 from fewstep.objectives.base import METHODS
+from fewstep.teachers import Teacher
 from tests.convergence.recipes import RECIPES, SLOW_TIME, distilled
 from tests.recovery import OPTIM
 
@@ -67,6 +68,15 @@ def test_guidance_of_both_scores_ends_at_the_prompts_own_gaussians(run_folder):
         assert correlation == pytest.approx(CORRELATION, abs=0.2)
 
 
+def mixtures(name: str, *, slow: bool) -> tuple[Teacher, float]:
+    """The ring, or four classes in 16 dimensions; and six times the distance of as many exact samples."""
+    if name == "ring":
+        return fewstep.teachers.mixture(slow_time=slow), 6 * 0.034
+    means = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    weights = [0.4, 0.3, 0.2, 0.1]
+    return fewstep.teachers.mixture(means, [0.1] * 4, weights=weights, slow_time=slow), 6 * 0.024
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", RECIPES)
 @pytest.mark.parametrize("name", ["ring", "sixteen"])
@@ -77,13 +87,7 @@ def test_every_mode_is_found(name, method, run_folder):
     times that of as many exact ones, .034 and .024 (means of three seeds).  A one-step student is a continuous map and
     leaves samples between the modes.
     """
-    slow = method in SLOW_TIME
-    if name == "ring":
-        teacher, bound = fewstep.teachers.mixture(slow_time=slow), 6 * 0.034
-    else:
-        means = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-        teacher = fewstep.teachers.mixture(means, [0.1] * 4, weights=[0.4, 0.3, 0.2, 0.1], slow_time=slow)
-        bound = 6 * 0.024
+    teacher, bound = mixtures(name, slow=method in SLOW_TIME)
     run = distilled(teacher, method, run_folder)
     figures = run.teacher.evaluation.measure(run.student.sample(5000, seed=7, batch_size=5000), [""])
     assert figures["modes"] == 1
@@ -98,33 +102,40 @@ CALMER = {
 """A quarter of the other tests' rates: in several steps the masses of the modes drift at those."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "steps", "changes"),
-    [
-        ("dmd2", 2, CALMER),
-        ("decoupled_dmd", 2, CALMER),
-        ("decoupled_dmd", 4, CALMER | {"turns": {"critic_per_generator": 3}}),
-        ("phased_dmd", 4, {}),
-        ("sid", 2, CALMER),
-        ("sid", 4, CALMER),
-        ("tbcm", 2, {}),
-        ("scm", 2, {}),
-        ("meanflow", 4, {}),
-        # At the grid's .5 the paper's x1 - y leaves the sampler too narrow; see the class.
-        ("tmd", 2, CALMER | {"iterations": 1200, "batch_size": 128, "judged": "state"}),
-    ],
-)
-def test_every_mode_of_the_ring_is_found_in_several_steps(method, steps, changes, run_folder):
-    """As above; each was within .079 to .176 (one seed).
+SEVERAL = {
+    ("ring", "dmd2", 2): CALMER,
+    ("ring", "decoupled_dmd", 2): CALMER,
+    ("ring", "decoupled_dmd", 4): CALMER | {"turns": {"critic_per_generator": 3}},
+    ("ring", "phased_dmd", 4): {},
+    ("ring", "sid", 2): CALMER,
+    ("ring", "sid", 4): CALMER,
+    ("ring", "tbcm", 2): {},
+    ("ring", "scm", 2): {},
+    ("ring", "meanflow", 4): {},
+    # At the grid's .5 the paper's x1 - y leaves the sampler too narrow; see the class.
+    ("ring", "tmd", 2): CALMER | {"iterations": 1200, "batch_size": 128, "judged": "state"},
+    ("sixteen", "phased_dmd", 4): {},
+    ("sixteen", "sid", 2): CALMER,
+    ("sixteen", "sid", 4): CALMER,
+    ("sixteen", "tbcm", 2): {},
+    ("sixteen", "scm", 2): {},
+    ("sixteen", "meanflow", 4): {},
+}
 
-    At the short recipes DMD2 and SiD in two steps ended at .28 and .24, Decoupled DMD on one machine at .23, TMD judged
-    at x1 - y at .32, and calmer at .23.
-    DMD2 in four steps has a test with a recipe of its own (test_dmd2.py).
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method", "steps"), SEVERAL)
+def test_every_mode_is_found_in_several_steps(name, method, steps, run_folder):
+    """As above; each was within .079 to .176 on the ring and .039 to .091 in 16 dimensions (one seed).
+
+    At the short recipes DMD2 and SiD in two steps ended at .28 and .24 on the ring, Decoupled DMD on one machine at
+    .23, TMD judged at x1 - y at .32, and calmer at .23.  DMD2 in four steps has a test with a recipe of its own
+    (test_dmd2.py).
+    In 16 dimensions these do not hold yet: DMD2 in two steps ends at .156 for .144; Decoupled DMD in two and four, .19
+    and .16, and TMD in two, .16, with the lightest class below a quarter of its mass.
     """
-    run = distilled(
-        fewstep.teachers.mixture(slow_time=method in SLOW_TIME), method, run_folder, num_steps=steps, **changes
-    )
+    teacher, bound = mixtures(name, slow=method in SLOW_TIME)
+    run = distilled(teacher, method, run_folder, num_steps=steps, **SEVERAL[name, method, steps])
     figures = run.teacher.evaluation.measure(run.student.sample(5000, seed=7, batch_size=5000), [""])
     assert figures["modes"] == 1
-    assert figures["sw"] < 6 * 0.034
+    assert figures["sw"] < bound

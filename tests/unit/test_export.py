@@ -17,6 +17,7 @@ from fewstep.students import untrained_student
 from tests.tiny_pipeline import build, build_stable_diffusion, build_stable_diffusion_xl
 
 PROMPT, SEED = "a photo of a bag", 11
+LORA = {"device": "cpu", "generator": {"lr": 1e-2}, "sharing": "lora", "lora": {"rank": 4, "alpha": 6.0}}
 STUDENTS = {
     "one-step": {"num_steps": 1},
     "deterministic": {"num_steps": 4, "stochastic": False},
@@ -36,8 +37,17 @@ STUDENTS = {
     "unet-second-time": {"method": "boot", "num_steps": 1, "first_time": 0.4},
     "xl-stochastic": {"num_steps": 4, "stochastic": True},
     "xl-told-earlier": {"num_steps": 1, "first_time": 0.4},
-    "unet-lora": {"num_steps": 2, "train": {"device": "cpu", "generator": {"lr": 1e-2}, "sharing": "lora"}},
+    "unet-lora": {"num_steps": 2, "train": LORA},
+    "xl-lora": {"num_steps": 4, "train": LORA},
+    "dit-lora": {"num_steps": 1, "train": LORA},
 }
+ADAPTERS = [
+    ("unet-lora", "lora"),
+    ("unet-lora", "kohya"),
+    ("xl-lora", "lora"),
+    ("xl-lora", "kohya"),
+    ("dit-lora", "lora"),
+]
 ALONE = """
 import importlib.abc, json, sys
 class Blocked(importlib.abc.MetaPathFinder):
@@ -94,7 +104,10 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(runs, tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
-    return {name: export_run(run.out, root / name) for name, run in runs.items()}
+    made = {name: export_run(run.out, root / name) for name, run in runs.items()}
+    return made | {
+        f"{name} as {form}": export_run(runs[name].out, root / f"{name}-{form}", form=form) for name, form in ADAPTERS
+    }
 
 
 def call_of(folder: Path) -> str:
@@ -116,13 +129,14 @@ def alone(exported):
     }
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.parametrize("kind", [*STUDENTS, *(f"{name} as {form}" for name, form in ADAPTERS)])
 def test_pipeline_alone_makes_the_students_images(runs, alone, kind):
     """< 1e-4 in fp32.  Fails if the teacher's weights, scheduler or shift, other times or another seeding are exported
     ("shifted": if the network's timesteps are taken for the noise levels; "unet": if betas or prediction type are
     others, or x_t is blended into x0 by LCM's own scalings; "told": if the noise is scaled to the time told;
-    "lower": if it is not scaled to the first step's level; "lora": if the adapters are left out)."""
-    ours = runs[kind].student.sample(2, [PROMPT], SEED)
+    "lower": if it is not scaled to the first step's level; "lora": if the adapters are left out; "as": if a file for
+    the teacher's own pipeline lacks layers, or the scale of B)."""
+    ours = runs[kind.partition(" ")[0]].student.sample(2, [PROMPT], SEED)
     for i in range(2):
         assert_close(alone[kind][i], ours[i], atol=1e-4, rtol=0)
     assert ours.std() > 0.05
@@ -230,3 +244,16 @@ def test_no_token_is_stored(tmp_path, monkeypatch):
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) > 20
     assert not [p for p in files if b"hf_secret_of_the_user" in p.read_bytes()]
+
+
+def test_lora_file_of_a_full_network_is_refused(runs, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"is a full network \(sharing 'copies'\), not an adapter; export it as a pipeline"
+    ):
+        export_run(runs["one-step"].out, tmp_path / "student", form="lora")
+    assert not list(tmp_path.iterdir())
+
+
+def test_kohyas_names_are_for_unets(runs, tmp_path):
+    with pytest.raises(ValueError, match="kohya's names are for UNets here; use the format lora"):
+        export_run(runs["dit-lora"].out, tmp_path / "student", form="kohya")

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -75,20 +76,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
-    """A hub that holds `folder` as "some/one", by the two calls of diffusers that reach for it.  What was called."""
+    """A hub that holds `folder` as "some/one", by the two calls that reach for it.  What was called."""
     calls = []
 
-    def load_config(source, **options):
-        if source == "some/one":  # not the snapshot, which is read in the same way
-            calls.append(("index", source, options))
-        return json.loads((folder / "model_index.json").read_text())
+    def index(source, name, **options):
+        calls.append(("index", source, options))
+        return str(folder / name)
 
     def download(source, **options):
         calls.append(("weights", source, options, are_progress_bars_disabled()))
         snapshot = tmp_path / "snapshots" / COMMIT
         return str(snapshot if snapshot.exists() else shutil.copytree(folder, snapshot))
 
-    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", index)
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     return calls
 
@@ -112,8 +112,9 @@ def test_weights_are_fetched_under_visible_bars(hub):
     assert hub[-1][-1] is False
 
 
-def test_unknown_family_is_refused_before_its_weights_are_fetched(hub, monkeypatch):
-    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: {"_class_name": "FluxPipeline"})
+def test_unknown_family_is_refused_before_its_weights_are_fetched(hub, tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda source, name, **_: str(tmp_path / name))
     with pytest.raises(LookupError, match="no pipeline class named 'FluxPipeline'"):
         load_teacher("some/one")
     assert not hub

@@ -37,7 +37,7 @@ def test_a_pair_is_the_noise_of_its_number_and_what_the_teacher_makes_of_it(tmp_
     Fails if noise, prompt and sample of different pairs are put together."""
     made(tmp_path / "p", seed=70)
     folder = data(tmp_path / "p")
-    rows = [int(folder._permutation(0)[i]) for i in range(10)]
+    rows = folder.order.rows(range(10)).tolist()
     images = sample_teacher(TEACHER, 10, PROMPTS, 70, num_steps=4)
     found = folder.batch(range(10))
     assert_close(found.x0, images[rows], atol=2e-3, rtol=1e-3)  # stored as fp16

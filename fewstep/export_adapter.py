@@ -1,0 +1,75 @@
+"""A student that is an adapter as a LoRA file for the teacher's own pipeline, under diffusers' or kohya's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.models.adapters import OWN, LoRA
+from fewstep.sampling import Student
+from fewstep.teachers.base import FewSteps
+
+FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls it."""
+
+Names = Literal["lora", "kohya"]
+"""Whose names the tensors have: diffusers' own, or kohya-ss's, which most user interfaces read."""
+
+
+def write_adapter(
+    student: Student, state: Mapping[str, Tensor], lora: LoRA, few_steps: FewSteps, to: Path, names: Names
+) -> tuple[dict[str, Any], str]:
+    """Save the LoRA file and the scheduler.  Returns the exact call's arguments and the lines that load both.
+
+    state, lora: as `load_adapter` gives them.  Raises ValueError for a student that is more than an adapter, and for
+    kohya's names where the network is no UNet.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import save_file
+
+    assert student.teacher.folder is not None
+    pipe = DiffusionPipeline.from_pretrained(str(student.teacher.folder), dtype=torch.float32, use_safetensors=True)
+    to.mkdir()
+    save_file(named(state, lora, few_steps.part, names), to / FILE, metadata={"format": "pt"})
+    levels = student.sampler.grid(student.denoiser.schedule)
+    stochastic = student.sampler.stochastic and student.sampler.num_steps > 1
+    call = few_steps.set_up(pipe, levels, student.denoiser.backbone.network_time(levels), stochastic)
+    pipe.scheduler.save_pretrained(to / "scheduler")
+    card, scheduler = student.teacher.card, type(pipe.scheduler).__name__
+    revision = f", revision={card.revision!r}" if card.revision else ""
+    return call, (
+        f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({card.source!r}{revision}, dtype=torch.float32)\n"
+        f"pipe.load_lora_weights(folder, weight_name={FILE!r})\n"
+        f'pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")'
+    )
+
+
+def named(state: Mapping[str, Tensor], lora: LoRA, part: str, names: Names) -> dict[str, Tensor]:
+    """An adapter's tensors, float32, under a file format's names; B holds the scale, so that alpha is the rank.
+
+    part: the pipeline's network, "unet" or "transformer".
+    """
+    if more := [name for name in state if name.startswith(f"{OWN}.")]:
+        raise ValueError(f"this student has parts that are no adapter ({more[0]}); export it as a pipeline")
+    scale = lora.alpha / lora.rank
+    plain = {
+        f"{part}.{name}": (value.float() * scale if ".lora_B." in name else value.float()).contiguous()
+        for name, value in state.items()
+    }
+    if names == "lora":
+        return plain
+    if part != "unet":
+        raise ValueError("kohya's names are for UNets here; use the format lora, which diffusers reads")
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+
+    return {_renamed(name): value for name, value in convert_state_dict_to_kohya(plain).items()}
+
+
+def _renamed(name: str) -> str:
+    """SDXL's embedding of sizes by the name in its first release: the only one under which diffusers finds it."""
+    return name.replace("add_embedding_linear_1", "label_emb_0_0").replace("add_embedding_linear_2", "label_emb_0_2")
