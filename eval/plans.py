@@ -15,16 +15,17 @@ from fewstep.planning.plan import GIB, Plan, plan
 TEACHERS = ("sd15", "sd21", "sdxl")
 SHARINGS = ("copies", "lora-fake", "lora")
 COLUMNS = (
-    *("teacher", "weights", "parameters that train", "weights GiB", "gradients", "optimiser", "activations"),
+    *("teacher", "weights", "parameters that train", "weights GiB", "gradients", "optimiser", "activations at most"),
     *("peak", "a GPU needs", "TFLOPs / iteration", "planned in s"),
 )
 
 
 def row(made: Plan, seconds: float) -> str:
-    """A line of the table; categories are those of the turn with the higher peak."""
+    """A line of the table: what is there at the higher peak of the turns, and activations when they are most."""
     turn = max(made.parts, key=lambda turn: sum(made.bytes(turn).values()))
     held, train = made.bytes(turn), made.config.train
-    figures = [held[kind] / GIB for kind in ("weights", "gradients", "optimiser", "activations")]
+    most = max(part.peak.activations for part in made.parts.values())
+    figures = [*(held[kind] / GIB for kind in ("weights", "gradients", "optimiser")), most / GIB]
     cells = [f"{made.config.teacher}, {made.resolution}", train.sharing, f"{sum(made.trained.values()) / 1e6:,.0f}M"]
     cells += [f"{figure:.1f}" for figure in (*figures, made.peak / GIB, made.needed)]
     return f"| {' | '.join([*cells, f'{made.flops / 1e12:,.0f}', f'{seconds:.0f}'])} |"

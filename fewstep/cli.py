@@ -112,6 +112,8 @@ def plan(
 ) -> None:
     """Tell what distilling would take, memory and FLOPs, from the teacher's config alone: no weights, no GPU."""
     train = {"batch_size": batch_size, "precision": precision, "sharing": sharing}
+    if batch_size is not None and not any(item.startswith("train.accumulate=") for item in sets or ()):
+        train["accumulate"] = 1  # a recipe's number of parts is that of its own batch
     lora = _lora(lora_rank, lora_alpha, lora_targets)
     given = {
         "teacher": _given(name=teacher),

@@ -20,8 +20,8 @@ class Fused:
 
     Its own attention takes the math path, whose memory is of N^2, and it knows no autocast.  torch.autocast("cpu") is
     the switch: that is what a trainer on the CPU sets, and what gradient checkpointing sets again as it recomputes.
-    As on a GPU a weight that trains is cast once in a context and the copy kept until its end, which `forget`
-    notices; it is to be called before each op.
+    As on a GPU a weight that trains is cast once in a context and the copy kept until its end, where `forget` is to be
+    called.  A backward pass has a context for each block that it computes again: copies are not kept there.
     Ops are overridden for the meta device alone, below Python: a recomputation in a backward pass meets them too.
     """
 
@@ -66,16 +66,16 @@ class Fused:
         dtype = torch.get_autocast_dtype("cpu") if lower else torch.float32
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (dtype, torch.float64):
             return x
-        if not (lower and x.is_leaf and x.requires_grad):
+        recomputing = torch._C._current_graph_task_id() != -1
+        if recomputing or not (lower and x.is_leaf and x.requires_grad):
             return x.to(dtype)
         if id(x) not in self._casts:
             self._casts[id(x)] = x.to(dtype)
         return self._casts[id(x)]
 
     def forget(self) -> None:
-        """Drop the copies of weights if their autocast context has ended."""
-        if self._casts and not torch.is_autocast_enabled("cpu"):
-            self._casts.clear()
+        """Drop the copies of weights: their autocast context has ended."""
+        self._casts.clear()
 
 
 def fused_attention(

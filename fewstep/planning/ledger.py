@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,10 +23,14 @@ PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.layout, t
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of each category at the moment when all together were most, and the FLOPs of the whole part."""
+    """Bytes of each category at the moment when all together were most, and the FLOPs of the whole part.
+
+    activations: the most that they were, which may be at another moment than that.
+    """
 
     bytes: dict[Category, int]
     flops: int
+    activations: int
 
     @property
     def total(self) -> int:
@@ -46,20 +50,18 @@ class Ledger(TorchDispatchMode):
 
     Within the context every op is seen, also those of a backward pass: a storage is booked once, however many views it
     has, and an op in place books nothing.  `making` is the category of what is new.
-    before: called before each op.
     A truth value that is asked of a tensor is True, as there are no numbers: "is the gradient finite?"  Floats that are
     copied to the CPU are zeros there.
     Raises ValueError for an op that wants to know numbers, or has no kernel that does without.
     """
 
-    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.making: Category = "activations"
         self.live: Counter[Category] = Counter()
         self.flops = 0
-        self._before = before
         self._booked: dict[int, tuple[Any, Category, int]] = {}
-        self._most = 0
+        self._most = self._activations = 0
         self._at_most: dict[Category, int] = {}
         self._known: dict[Any, tuple[Any, int]] = {}
 
@@ -75,8 +77,11 @@ class Ledger(TorchDispatchMode):
     def part(self, parts: dict[str, Peak], name: str) -> Iterator[None]:
         """Put the peak and the FLOPs of the enclosed ops into `parts` under a name."""
         self._most, self._at_most, before = self._held(), dict(self.live), self.flops
+        self._activations = self.live["activations"]
         yield
-        parts[name] = Peak({kind: self._at_most.get(kind, 0) for kind in CATEGORIES}, self.flops - before)
+        parts[name] = Peak(
+            {kind: self._at_most.get(kind, 0) for kind in CATEGORIES}, self.flops - before, self._activations
+        )
 
     def _held(self) -> int:
         return sum(self.live.values())
@@ -89,6 +94,7 @@ class Ledger(TorchDispatchMode):
         reference = weakref.ref(storage, lambda _: self._strike(address))
         self._booked[address] = reference, category, size
         self.live[category] += size
+        self._activations = max(self._activations, self.live["activations"])
         if (held := self._held()) > self._most:
             self._most, self._at_most = held, dict(self.live)
 
@@ -99,7 +105,6 @@ class Ledger(TorchDispatchMode):
     # -- the ops ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        self._before()
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return _answer(args[0])
         if func is torch.ops.aten._to_copy.default and _leaves(args[0], kwargs or {}):

@@ -115,11 +115,13 @@ def plan(
 def _iteration(trainer: Rehearsal, *, foreach: bool) -> Iterator[tuple[Turn, Peak, Counter[str]]]:
     """Each player's update in turn: its peak and the calls of networks."""
     fused = Fused()
-    ledger, calls = Ledger(fused.forget), Counter()
+    ledger, calls = Ledger(), Counter()
     trio, last = trainer.trio, trainer.config.iterations - 1
     ledger.claim(_tensors(trainer.ema.denoiser), "ema")
     for network in (trio.real_score, *(n for networks in trainer.players.values() for n in networks.values())):
         ledger.claim(_tensors(network), "weights")
+        for module in network.networks():
+            module.register_forward_hook(lambda *_: fused.forget())  # autocast is around its forward
     for role in ("generator", "real_score", "fake_score"):
         network = getattr(trio, role)
         for module in network.networks() if network is not None else ():

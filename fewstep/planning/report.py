@@ -62,6 +62,7 @@ def table_of(made: Plan) -> Group:
     for kind in CATEGORIES:
         table.add_row(kind, *(f"{bytes[kind] / size:,.2f}" for bytes in held))
     table.add_row("all", *(f"{sum(bytes.values()) / size:,.2f}" for bytes in held), end_section=True)
+    table.add_row("activations, at their most", *(f"{p.peak.activations / size:,.2f}" for p in made.parts.values()))
     roles = sorted({role for part in made.parts.values() for role in part.calls})
     for role in roles:
         table.add_row(f"calls of the {role}", *(str(part.calls.get(role, 0)) for part in made.parts.values()))
@@ -100,6 +101,7 @@ def figures_of(made: Plan) -> dict[str, Any]:
         "turns": {
             turn: {
                 "bytes": made.bytes(turn),
+                "activations_at_most": part.peak.activations,
                 "peak": sum(made.bytes(turn).values()),
                 "calls": part.calls,
                 "flops": part.flops,

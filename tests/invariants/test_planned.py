@@ -19,7 +19,7 @@ CASES = [
     ("fashion-dit", "lora-fake", "sid", ALWAYS | {"turns": {"critic_warmup": 1}}),
     ("fashion-unet", "copies", "sid", ALWAYS | {"turns": {"critic_warmup": 1}}),
     ("fashion-unet", "lora", "dmd2", ALWAYS),
-    ("fashion-dit", "copies", "tbcm", {"num_steps": 1, "grid_steps": 3}),
+    ("fashion-dit", "copies", "tbcm", {"num_steps": 1, "grid_steps": 4, "trajectory_pairs": 2}),
 ]
 
 

@@ -126,6 +126,25 @@ def test_attention_takes_its_output_and_a_number_a_row_and_head(dtype):
     assert parts["backward"].total == pytest.approx(size + 4 * heads * N + size + 3 * size, abs=64)
 
 
+def test_autocast_keeps_its_copies_of_weights_until_the_forward_ends():
+    """Also of checkpointed layers: 4 weights in bfloat16, and each layer's input; a backward keeps none."""
+    layers = [nn.Linear(D, D, bias=False, device="meta") for _ in range(4)]
+    ledger, fused, before = Ledger(), Fused(), 0
+    ledger.claim([layer.weight for layer in layers], "weights")
+    with ledger, fused():
+        x = y = meta(B, D, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in layers:
+                y = checkpoint(layer, y, use_reentrant=False)
+        before = ledger.live["activations"]
+        fused.forget()
+        assert before - ledger.live["activations"] == 4 * 2 * D * D + 2 * B * D  # x is a leaf, too
+        assert ledger.live["activations"] == 4 * B * D + 4 * 2 * B * D
+        y.float().sum().backward()
+        assert not fused._casts and layers[0].weight.grad is not None and layers[0].weight.grad.dtype == torch.float32
+    assert x.grad is not None
+
+
 def test_truth_of_a_tensor_is_true_and_its_number_an_error():
     with Ledger():
         assert bool(meta(3).isfinite().all())
@@ -145,4 +164,4 @@ def test_peak_is_a_moment_not_a_sum_of_maxima():
         del x
         ledger.making = "optimiser"
         meta(10)
-    assert parts["all"] == Peak({"weights": 0, "gradients": 0, "optimiser": 0, "ema": 0, "activations": 400}, 0)
+    assert parts["all"] == Peak({"weights": 0, "gradients": 0, "optimiser": 0, "ema": 0, "activations": 400}, 0, 400)

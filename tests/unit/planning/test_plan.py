@@ -41,7 +41,7 @@ def test_outline_is_the_teacher_without_numbers(name):
 
 def test_three_copies_and_two_optimisers():
     """Weights of generator, real and fake score; two moments of the two that train; DMD2's own calls."""
-    made = planned("method.guidance=2", "method.num_steps=4", device="cpu")
+    made = planned("method.num_steps=4", "method.turns.critic_per_generator=5", device="cpu")
     for turn in ("generator", "critic"):
         assert made.bytes(turn)["weights"] == pytest.approx(3 * 4 * UNET, rel=1e-3)  # and buffers
         assert made.bytes(turn)["optimiser"] == pytest.approx(2 * 2 * 4 * UNET, rel=0.05)  # and temporaries
