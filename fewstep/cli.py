@@ -62,7 +62,7 @@ def distill(
     rate = None if lr is None else {"lr": lr}
     train = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "device": device}
     train |= {"precision": precision, "sharing": sharing, "gradient_checkpointing": gradient_checkpointing}
-    lora = _given(rank=lora_rank, alpha=lora_alpha, targets=lora_targets or None) or None
+    lora = _lora(lora_rank, lora_alpha, lora_targets)
     files = {"prompts": prompts, "data": data, "pairs": pairs, "student": student}
     paths = {name: str(path) for name, path in files.items() if path}
     given = {
@@ -79,8 +79,7 @@ def distill(
 
         resolved = resolve(config=config, given=given, sets=sets or ())
         folder = out or api.default_out(resolved.teacher, resolved.method)
-        untuned = "no recipe for this teacher and method: running on untuned defaults"
-        say(f"recipe {resolved.recipe}" if resolved.recipe else untuned)
+        say(_recipe(resolved))
 
         def load() -> Any:
             return api.load_teacher(resolved.teacher, **resolved.teacher_options)
@@ -88,6 +87,50 @@ def distill(
         trainer, _ = prepare(resolved, folder, load, resume=resume, overwrite=overwrite, console=console)
     _run(trainer)
     say(f"done: {folder}. Next: fewstep eval {folder}, fewstep sample {folder}, fewstep export {folder} --to FOLDER")
+
+
+@app.command()
+def plan(
+    teacher: flags.Teacher = None,
+    method: flags.Method = None,
+    config: flags.Config = None,
+    num_steps: flags.NumSteps = None,
+    batch_size: flags.GlobalBatch = None,
+    precision: flags.Precision = None,
+    sharing: flags.Sharing = None,
+    lora_rank: flags.LoraRank = None,
+    lora_alpha: flags.LoraAlpha = None,
+    lora_targets: flags.LoraTargets = None,
+    gradient_checkpointing: flags.Checkpointing = None,
+    resolution: flags.Resolution = None,
+    gpus: flags.Gpus = 1,
+    fsdp: flags.Fsdp = False,
+    gpu_memory: flags.GpuMemory = None,
+    as_json: flags.Json = False,
+    sets: flags.Sets = None,
+    plugin: flags.Plugin = None,
+) -> None:
+    """Tell what distilling would take, memory and FLOPs, from the teacher's config alone: no weights, no GPU."""
+    train = {"batch_size": batch_size, "precision": precision, "sharing": sharing}
+    if batch_size is not None and not any(item.startswith("train.accumulate=") for item in sets or ()):
+        train["accumulate"] = 1  # a recipe's number of parts is that of its own batch
+    lora = _lora(lora_rank, lora_alpha, lora_targets)
+    given = {
+        "teacher": _given(name=teacher),
+        "method": _given(name=method, num_steps=num_steps),
+        "train": _given(**train, gradient_checkpointing=gradient_checkpointing, lora=lora),
+    }
+    with border():
+        load_plugins(plugin)
+        from fewstep.config import resolve
+        from fewstep.planning.report import answer
+
+        resolved = resolve(config=config, given=given, sets=sets or ())
+        say(_recipe(resolved))
+        shown, fits = answer(resolved, resolution, gpus, fsdp, gpu_memory, as_json=as_json, say=say)
+    output.print(shown, highlight=False, markup=False, soft_wrap=as_json)
+    if not fits:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -281,6 +324,15 @@ def _run(trainer: Any) -> None:
 
 def _given(**values: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is not None}
+
+
+def _lora(rank: int | None, alpha: float | None, targets: list[str] | None) -> dict[str, Any] | None:
+    return _given(rank=rank, alpha=alpha, targets=targets or None) or None
+
+
+def _recipe(resolved: Any) -> str:
+    untuned = "no recipe for this teacher and method: running on untuned defaults"
+    return f"recipe {resolved.recipe}" if resolved.recipe else untuned
 
 
 def _which(value: str) -> Any:

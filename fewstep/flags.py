@@ -45,6 +45,13 @@ Checkpointing = Annotated[
     bool | None,
     typer.Option("--gradient-checkpointing", help="Less memory: activations are computed again."),
 ]
+Resolution = Annotated[Number, typer.Option(help="Pixels of a side; by default those the teacher was trained at.")]
+Gpus = Annotated[int, typer.Option(help="GPUs among which the global batch is divided.")]
+Fsdp = Annotated[bool, typer.Option("--fsdp", help="Estimate weights and optimiser states divided among the GPUs.")]
+GpuMemory = Annotated[
+    float | None, typer.Option(help="GiB of one GPU; if it does not fit, what to change is looked for.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 TensorBoard = Annotated[bool | None, typer.Option("--tensorboard", help="Write the figures for TensorBoard, too.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/TEACHER-METHOD.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --out.")]

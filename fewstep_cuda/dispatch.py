@@ -33,8 +33,8 @@ DEVICES = {CPU: "cpu", TRITON: "cuda", CUDA: "cuda"}
 """Where a backend runs; those not named run anywhere, and Triton's interpreter on the CPU."""
 COMPILED = (CPU, CUDA)
 """Backends with sources that a compiler of this machine must make first."""
-ORDER = {"cuda": (CUDA, TRITON, CHUNKED, REFERENCE), "cpu": (CPU, CHUNKED, REFERENCE)}
-"""What `auto` tries, by the inputs' device; on others, the reference."""
+ORDER = {"cuda": (CUDA, TRITON, CHUNKED, REFERENCE), "cpu": (CPU, CHUNKED, REFERENCE), "meta": (CHUNKED, REFERENCE)}
+"""What `auto` tries, by the inputs' device; on others, the reference.  Plans run on meta: of memory, as the kernels."""
 KERNELS: dict[str, dict[str, str]] = {
     "attention_jvp": {
         REFERENCE: "fewstep_cuda.attention_jvp:reference",

@@ -117,8 +117,8 @@ class Tangents(TorchFunctionMode):
             else:
                 raise Lost(f"{func.__name__}, which changes its input")
         out = func(*args, **kwargs)
-        memory = x.untyped_storage().data_ptr()
-        for other in [key for key in self._tangents if key is not x and key.untyped_storage().data_ptr() == memory]:
+        memory = x.untyped_storage()._cdata  # not data_ptr, which on the meta device is 0 for all
+        for other in [key for key in self._tangents if key is not x and key.untyped_storage()._cdata == memory]:
             self._tangents[other] = None
         if tangent is None:
             self._tangents.pop(x, None)

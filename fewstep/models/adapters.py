@@ -64,7 +64,9 @@ def add_lora(module: nn.Module, config: LoRA, *, seed: int = 0) -> None:
     peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(peft_config, module, ADAPTER)
+        # Without numbers around a network that has none; in a plan it would take seconds to draw them.
+        bare = any(p.is_meta for p in module.parameters())
+        inject_adapter_in_model(peft_config, module, ADAPTER, low_cpu_mem_usage=bare)
 
 
 def add_own(module: nn.Module, name: str, part: nn.Module) -> None:

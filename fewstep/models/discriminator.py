@@ -35,7 +35,8 @@ class Head(Player):
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits, [B, number of taps] float32.  features: tap name -> the feature of B samples."""
         maps = [_as_map(features[name]) for name in self.taps]
-        with torch.autocast(maps[0].device.type, enabled=False):
+        kind = "cpu" if maps[0].is_meta else maps[0].device.type  # whose switch a plan uses, see planning.device
+        with torch.autocast(kind, enabled=False):
             logits = [net(x.to(_dtype(net))) for net, x in zip(self.classifiers, maps, strict=True)]
         return torch.cat([logit.flatten(1) for logit in logits], 1)
 

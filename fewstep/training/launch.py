@@ -98,7 +98,7 @@ def prepare(
     console = console if accelerator.is_main_process else Console(quiet=True)
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
     data = load_data(config, teacher, prompts, captions, accelerator, console)
-    trio = _trio(config, teacher, data, again=start is not None)
+    trio = build_trio(config, teacher, data, again=start is not None)
     showing, samples = teacher.showing(prompts), config.train.evaluate_samples
     monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
     trainer = Trainer(
@@ -129,7 +129,7 @@ def _probe(config: RunConfig, trainer: Trainer) -> None:
     config.objective.probe(trainer.trio, trainer.data.batch(ids, device), rng)  # type: ignore[attr-defined]
 
 
-def _trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: bool) -> Trio:
+def build_trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: bool = False) -> Trio:
     """The networks that the method asks for, on the teacher's device.  again: a checkpoint will fill them."""
     train, method = config.train, config.objective
     own = student_of(method, key(train.seed, "own"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +45,8 @@ class Trainer:
     out: the run folder.  monitor: judges the student every `evaluate_every` iterations, on the main process.
     """
 
+    rng: ClassVar[type[Rng]] = Rng
+
     def __init__(
         self,
         config: TrainConfig,
@@ -69,7 +72,6 @@ class Trainer:
         self.progress = Progress()
         self.ema = EMA(trio.generator, config.ema)
         self.sums: dict[str, list[Tensor]] = {}
-        self.teacher_weights = checkpoint.fingerprint(trio.real_score)
         self._prepare()
         self.begin(0)
 
@@ -104,9 +106,9 @@ class Trainer:
             self._enter(stage)
         for turn in self.objective.turns.at(iteration - self.stages.starts[stage]):
             if turn in self.players:  # a method without a fake score has no critic's turn
-                self._update(turn, iteration)
+                self.update(turn, iteration)
 
-    def _update(self, turn: Turn, iteration: int) -> None:
+    def update(self, turn: Turn, iteration: int) -> None:
         """One player's update: losses of all micro-batches, backward, clip, step."""
         optimizer, config = self.optimizers[turn], getattr(self.config, turn)
         done = self.progress.updates[turn] - self.progress.before[turn]
@@ -118,7 +120,7 @@ class Trainer:
         with self.trio.turn(turn):
             for ids in self._micro_batches(iteration):
                 batch = self.data.batch(ids, self.accelerator.device)
-                rng = Rng(self.config.seed, since, turn, ids, self.accelerator.device)
+                rng = self.rng(self.config.seed, since, turn, ids, self.accelerator.device)
                 losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
                 for loss in [losses] if isinstance(losses, Loss) else losses:
                     self.accelerator.backward(loss.total / self.config.accumulate)
@@ -258,6 +260,11 @@ class Trainer:
             self.sums.setdefault(name, []).append(value.detach().float())
 
     # -- state --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher_weights(self) -> str:
+        """Tells by which teacher a checkpoint was made."""
+        return checkpoint.fingerprint(self.trio.real_score)
 
     def save(self) -> Path:
         """Write a checkpoint of the present iteration, then delete what `keep` does not cover."""

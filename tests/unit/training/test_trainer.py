@@ -139,7 +139,7 @@ def test_each_turn_moves_its_own_player_and_never_the_real_score(trainer_of: Tra
     real = weights(trainer.trio.real_score)
     for turn, other in (("generator", "critic"), ("critic", "generator")):
         mine, others = weights(trainer.players[turn]), weights(trainer.players[other])
-        trainer._update(turn, 0)
+        trainer.update(turn, 0)
         assert not same(weights(trainer.players[turn]), mine)
         assert same(weights(trainer.players[other]), others)
     assert same(weights(trainer.trio.real_score), real)
