@@ -182,8 +182,8 @@ MUTANTS = (
         "stages",
         "a stage's objective counts iterations from the start of the run",
         TRAINER,
-        "rng = Rng(self.config.seed, since, turn, ids, self.accelerator.device)",
-        "rng = Rng(self.config.seed, iteration, turn, ids, self.accelerator.device)",
+        "rng = self.rng(self.config.seed, since, turn, ids, self.accelerator.device)",
+        "rng = self.rng(self.config.seed, iteration, turn, ids, self.accelerator.device)",
         (f"{OF_STAGES}::test_objectives_count_from_their_stages_start",),
     ),
     Mutant(
