@@ -51,27 +51,27 @@ def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best", 
     temporary = to.parent / f".writing-{to.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     to.parent.mkdir(parents=True, exist_ok=True)
+    pipe, call = few_step_pipeline(student, folder, few_steps)
     if form == "pipeline":
-        call, loading = write_pipeline(student, folder, few_steps, temporary), LOADING
+        getattr(pipe, few_steps.part).load_state_dict(student.denoiser.plain_state())
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        loading = LOADING
     else:
         adapter = load_adapter(run, student.teacher, which)
-        call, loading = write_adapter(student, *adapter, few_steps, temporary, form)
+        loading = write_adapter(pipe, student.teacher.card, *adapter, few_steps.part, temporary, form)
     (temporary / "README.md").write_text(model_card(student, call, run, which, loading), encoding="utf-8")
     os.replace(temporary, to)
     return to
 
 
-def write_pipeline(student: Student, source: Path, few_steps: FewSteps, to: Path) -> dict[str, Any]:
-    """Save the teacher's pipeline with the student's network and scheduler.  Returns the exact call's arguments."""
+def few_step_pipeline(student: Student, source: Path, few_steps: FewSteps) -> tuple[Any, dict[str, Any]]:
+    """The teacher's pipeline with the student's scheduler, and the exact call's arguments."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
-    getattr(pipe, few_steps.part).load_state_dict(student.denoiser.plain_state())
+    pipe: Any = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
     levels = student.sampler.grid(student.denoiser.schedule)
     told = student.denoiser.backbone.network_time(levels)
-    call = few_steps.set_up(pipe, levels, told, _draws_noise(student))
-    pipe.save_pretrained(to, safe_serialization=True)
-    return call
+    return pipe, few_steps.set_up(pipe, levels, told, _draws_noise(student))
 
 
 def _draws_noise(student: Student) -> bool:

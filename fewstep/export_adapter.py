@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from fewstep.models.adapters import OWN, LoRA
-from fewstep.sampling import Student
-from fewstep.teachers.base import FewSteps
+from fewstep.teachers.base import TeacherCard
 
 FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls it."""
@@ -21,27 +19,22 @@ Names = Literal["lora", "kohya"]
 
 
 def write_adapter(
-    student: Student, state: Mapping[str, Tensor], lora: LoRA, few_steps: FewSteps, to: Path, names: Names
-) -> tuple[dict[str, Any], str]:
-    """Save the LoRA file and the scheduler.  Returns the exact call's arguments and the lines that load both.
+    pipe: Any, card: TeacherCard, state: Mapping[str, Tensor], lora: LoRA, part: str, to: Path, names: Names
+) -> str:
+    """Save the LoRA file and the pipeline's scheduler.  Returns the lines that load both into the teacher's pipeline.
 
-    state, lora: as `load_adapter` gives them.  Raises ValueError for a student that is more than an adapter, and for
-    kohya's names where the network is no UNet.
+    pipe: the teacher's, with the student's scheduler.  state, lora: as `load_adapter` gives them.
+    Raises ValueError for a student that is more than an adapter, and for kohya's names where it is no UNet.
     """
-    from diffusers import DiffusionPipeline
     from safetensors.torch import save_file
 
-    assert student.teacher.folder is not None
-    pipe = DiffusionPipeline.from_pretrained(str(student.teacher.folder), dtype=torch.float32, use_safetensors=True)
+    tensors = named(state, lora, part, names)  # before anything is written: it may refuse
     to.mkdir()
-    save_file(named(state, lora, few_steps.part, names), to / FILE, metadata={"format": "pt"})
-    levels = student.sampler.grid(student.denoiser.schedule)
-    stochastic = student.sampler.stochastic and student.sampler.num_steps > 1
-    call = few_steps.set_up(pipe, levels, student.denoiser.backbone.network_time(levels), stochastic)
+    save_file(tensors, to / FILE, metadata={"format": "pt"})
     pipe.scheduler.save_pretrained(to / "scheduler")
-    card, scheduler = student.teacher.card, type(pipe.scheduler).__name__
+    scheduler = type(pipe.scheduler).__name__
     revision = f", revision={card.revision!r}" if card.revision else ""
-    return call, (
+    return (
         f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({card.source!r}{revision}, dtype=torch.float32)\n"
         f"pipe.load_lora_weights(folder, weight_name={FILE!r})\n"

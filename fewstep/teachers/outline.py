@@ -23,7 +23,6 @@ from fewstep.types import Condition
 CLIP_TOKENS = 77
 VAE_SCALE = 8
 """Of every published teacher: tokens of a prompt, and pixels per latent."""
-KINDS = {"eps": "epsilon", "v": "v_prediction"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,8 @@ def _source(name: str, options: dict[str, Any]) -> Source:
         given = options.get("source")
         if given is not None and Path(given).is_dir():
             return _of_folder(Path(given))
-        kind = next(KINDS[k] for k in KINDS if registered.about.endswith(f", {k}"))
-        betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": kind}
-        scheduler = {"_class_name": "DDIMScheduler", **betas}
+        betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        scheduler = {"_class_name": "DDIMScheduler", "prediction_type": registered.prediction_type, **betas}
         return Source(registered.pipeline, registered.architecture(), scheduler, CLIP_TOKENS, VAE_SCALE)
     folder = WEIGHTS / name if registered is not None else Path(name)
     if (folder / "model_index.json").is_file():

@@ -22,7 +22,8 @@ class Published:
     """A teacher on the hub.
 
     about: one line.  pipeline: its class in diffusers.  source, revision: repository and commit.  licence: as its card
-    names it.  parameters: of the network that is distilled, in millions.  caution: what one must agree to first.
+    names it.  parameters: of the network that is distilled, in millions.  prediction_type: as its scheduler's config
+    names it.  caution: what to know before it is fetched.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Published:
     revision: str
     licence: str
     parameters: int
+    prediction_type: str = "epsilon"
     caution: str = ""
 
     def __call__(self, *, source: str | None = None, revision: str | None = None, **options: Any) -> Teacher:
@@ -69,7 +71,7 @@ PUBLISHED = (
         "5ede9e4bf3e3fd1cb0ef2f7a3fff13ee514fdf06",
         "CreativeML Open RAIL++-M",
         866,
-        "its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
+        caution="its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
     ),
     Published(
         "sd21",
@@ -79,7 +81,8 @@ PUBLISHED = (
         "5cae40e6a2745ae2b01ad92ae5043f95f23644d6",
         "CreativeML Open RAIL++-M",
         866,
-        "its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
+        prediction_type="v_prediction",
+        caution="its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
     ),
     Published(
         "sdxl",

@@ -74,6 +74,7 @@ def run(kernel: Any, x: Tensor, *arguments: Any, **constants: Any) -> None:
 
 
 def output(x: Tensor) -> Tensor:
+    """Room for a result, float32, of x's shape."""
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 

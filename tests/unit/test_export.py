@@ -257,3 +257,4 @@ def test_lora_file_of_a_full_network_is_refused(runs, tmp_path):
 def test_kohyas_names_are_for_unets(runs, tmp_path):
     with pytest.raises(ValueError, match="kohya's names are for UNets here; use the format lora"):
         export_run(runs["dit-lora"].out, tmp_path / "student", form="kohya")
+    assert not list(tmp_path.iterdir())
