@@ -51,6 +51,7 @@ def distill(
     lora_alpha: flags.LoraAlpha = None,
     lora_targets: flags.LoraTargets = None,
     gradient_checkpointing: flags.Checkpointing = None,
+    resolution: flags.Resolution = None,
     tensorboard: flags.TensorBoard = None,
     out: flags.Out = None,
     resume: flags.Resume = False,
@@ -66,7 +67,7 @@ def distill(
     files = {"prompts": prompts, "data": data, "pairs": pairs, "student": student}
     paths = {name: str(path) for name, path in files.items() if path}
     given = {
-        "teacher": _given(name=teacher),
+        "teacher": _given(name=teacher, resolution=resolution),
         "method": _given(name=method, num_steps=num_steps),
         "train": _given(**train, tensorboard=tensorboard, lora=lora, generator=rate, critic=rate),
         **_given(**paths, negative_prompt=negative_prompt),
@@ -116,7 +117,7 @@ def plan(
         train["accumulate"] = 1  # a recipe's number of parts is that of its own batch
     lora = _lora(lora_rank, lora_alpha, lora_targets)
     given = {
-        "teacher": _given(name=teacher),
+        "teacher": _given(name=teacher, resolution=resolution),
         "method": _given(name=method, num_steps=num_steps),
         "train": _given(**train, gradient_checkpointing=gradient_checkpointing, lora=lora),
     }
@@ -127,7 +128,7 @@ def plan(
 
         resolved = resolve(config=config, given=given, sets=sets or ())
         say(_recipe(resolved))
-        shown, fits = answer(resolved, resolution, gpus, fsdp, gpu_memory, as_json=as_json, say=say)
+        shown, fits = answer(resolved, gpus, fsdp, gpu_memory, as_json=as_json, say=say)
     output.print(shown, highlight=False, markup=False, soft_wrap=as_json)
     if not fits:
         raise typer.Exit(1)

@@ -71,7 +71,11 @@ def few_step_pipeline(student: Student, source: Path, few_steps: FewSteps) -> tu
     pipe: Any = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
     levels = student.sampler.grid(student.denoiser.schedule)
     told = student.denoiser.backbone.network_time(levels)
-    return pipe, few_steps.set_up(pipe, levels, told, _draws_noise(student))
+    call = few_steps.set_up(pipe, levels, told, _draws_noise(student))
+    if "resolution" in student.teacher.options:
+        _, height, width = student.teacher.codec.image_shape(student.teacher.shape)
+        call |= {"height": height, "width": width}
+    return pipe, call
 
 
 def _draws_noise(student: Student) -> bool:
@@ -80,7 +84,9 @@ def _draws_noise(student: Student) -> bool:
 
 
 def is_exact(student: Student) -> bool:
-    """Whether the student's times are whole for the network: the pipeline rounds others, by up to half a thousandth."""
+    """Whether the network is told the student's own times: some pipelines round them, by up to half a thousandth."""
+    if student.teacher.few_steps is not None and not student.teacher.few_steps.whole:
+        return True
     told = student.denoiser.backbone.network_time(student.sampler.grid(student.denoiser.schedule))
     return torch.allclose(told, told.round(), atol=1e-3)
 

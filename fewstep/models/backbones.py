@@ -30,6 +30,10 @@ class CogView4(Backbone):
         """That of the time alone; sizes have another."""
         return "time_condition_embed.timestep_embedder"
 
+    def conditions(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """{"text": (L, D)}"""
+        return {"text": (tokens, self.module.config.text_embed_dim)}  # type: ignore[union-attr]
+
     def network_time(self, t: Tensor) -> Tensor:
         """0..1000, as CogView4Pipeline feeds it."""
         return t.float() * 1000.0
@@ -84,6 +88,10 @@ class UNet2DCondition(Backbone):
         """Before the embeddings of classes and texts, where a network has those."""
         return "time_embedding"
 
+    def conditions(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """{"text": (L, D)}"""
+        return {"text": (tokens, self.module.config.cross_attention_dim)}  # type: ignore[union-attr]
+
     def network_time(self, t: Tensor) -> Tensor:
         """0..last.  In float32, where every index i survives i / last * last; in float64 748 / 999 * 999 does not."""
         return t.float() * self.last
@@ -109,6 +117,13 @@ class UNet2DConditionXL(UNet2DCondition):
     def __init__(self, module: nn.Module, last: int, vae_scale: int) -> None:
         super().__init__(module, last)
         self.vae_scale = vae_scale
+
+    def conditions(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """{"text": (L, D), "pooled": (P,)}"""
+        config = self.module.config
+        # Its embedding takes the pooled text beside six numbers of sizes.
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim  # type: ignore[union-attr]
+        return super().conditions(tokens) | {"pooled": (pooled,)}
 
     def added(self, x: Tensor, cond: Condition) -> dict[str, Tensor]:
         """The pooled text, and original size, crop and target size: those of an uncropped picture of x's size."""

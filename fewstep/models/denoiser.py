@@ -52,6 +52,14 @@ class Backbone(nn.Module, ABC):
         """
         return frozenset()
 
+    def conditions(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """One prompt's shapes of what it reads of `Condition.tensors`, for plans; tokens: of its encoded text."""
+        return {}
+
+    def feature(self, output: Any) -> Tensor:
+        """Of what a tapped module returns, the picture's part: the first of several by default."""
+        return output if isinstance(output, Tensor) else output[0]
+
     def plain_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state of `module` without what was added to it, for one-step use in the network's own pipeline.
 
@@ -115,7 +123,7 @@ class Denoiser(Player):
         """
         if t.shape != (x_t.shape[0],):
             raise ValueError(f"t must be [B] = [{x_t.shape[0]}], got {list(t.shape)}; expand a scalar time yourself")
-        with _tapped(self.backbone.module, taps) as found:
+        with _tapped(self.backbone, taps) as found:
             raw = self.backbone(x_t.to(self.backbone.dtype), self.backbone.network_time(t), cond)
         return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
 
@@ -166,12 +174,12 @@ class Denoiser(Player):
 
 
 @contextmanager
-def _tapped(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _tapped(backbone: Backbone, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Outputs of the named submodules during the enclosed forward.
 
     The hooks go when the forward returns: under gradient checkpointing they would fire again in the recomputation.
     """
-    found: dict[str, Tensor] = {}
+    module, found = backbone.module, {}
     known = dict(module.named_modules()) if names else {}
     missing = [name for name in names if name not in known]
     if missing:
@@ -181,7 +189,7 @@ def _tapped(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if name in found:
                 raise RuntimeError(f"{name} ran twice in one forward, so its features do not belong to one batch")
-            found[name] = output if isinstance(output, Tensor) else output[0]
+            found[name] = backbone.feature(output)
 
         return hook
 

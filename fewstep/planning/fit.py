@@ -14,11 +14,10 @@ from fewstep.teachers.fashion import WEIGHTS
 
 @dataclass(frozen=True)
 class Remedy:
-    """Flags of `fewstep distill`, what they make of a configuration, and the resolution to train at if it is lower."""
+    """Flags of `fewstep distill`, and what they make of a configuration."""
 
     flags: tuple[str, ...]
     config: RunConfig
-    resolution: int | None = None
 
 
 def fits(made: Plan, gpu_memory: float) -> bool:
@@ -41,10 +40,11 @@ def remedies(made: Plan) -> Iterator[Remedy]:
                 changed,
             )
             yield Remedy(flags, config)
-    for share in (0.75, 0.5):
+    for share in (0.75, 0.5) if _loads(config.teacher) else ():
         size = round(made.resolution * share / 64) * 64
         if 64 <= size < made.resolution:
-            yield Remedy((*flags, f"--resolution {size}"), config, size)
+            options = {**config.teacher_options, "resolution": size}
+            yield Remedy((*flags, f"--resolution {size}"), replace(config, teacher_options=options))
 
 
 def _steps(made: Plan) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:
@@ -69,9 +69,7 @@ def first_fit(
     """The first of the remedies by which it fits, and its plan; None if none does.  say: told of each try."""
     for remedy in remedies(made):
         say(f"trying {' '.join(remedy.flags)}")
-        tried = plan(
-            remedy.config, resolution=remedy.resolution or made.resolution, gpus=made.gpus, sharded=made.sharded
-        )
+        tried = plan(remedy.config, gpus=made.gpus, sharded=made.sharded)
         if fits(tried, gpu_memory):
             return remedy, tried
     return None

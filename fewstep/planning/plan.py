@@ -78,19 +78,17 @@ class Plan:
         return sum(part.share * part.flops for part in self.parts.values())
 
 
-def plan(
-    config: RunConfig, *, resolution: int | None = None, gpus: int = 1, sharded: bool = False, device: str = "cuda"
-) -> Plan:
+def plan(config: RunConfig, *, gpus: int = 1, sharded: bool = False, device: str = "cuda") -> Plan:
     """Run one iteration of a resolved configuration without numbers and see what it takes.
 
     That is the trainer's own iteration: the longest (rollouts go to their last step, in the last stage), once the
     optimisers have their states.  Two micro-batches stand for more.  VAE and text encoders are not in it.
-    resolution: pixels of a side, by default the teacher's.  device: cuda, or cpu, which steps weight by weight.
+    device: cuda, or cpu, which steps weight by weight.
     Raises ValueError or LookupError for what cannot be planned.
     """
     _check(config, gpus, sharded)
     options: dict[str, Any] = dict(config.teacher_options)
-    teacher = outline(config.teacher, resolution=resolution, **options)
+    teacher = outline(config.teacher, **options)
     micro = config.train.batch_size // (config.train.accumulate * gpus)
     repeats = min(2, config.train.accumulate)
     train = replace(config.train, batch_size=micro * repeats, accumulate=repeats, device="cpu")

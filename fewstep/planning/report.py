@@ -20,7 +20,6 @@ OFF = "VAE and text encoders are off the GPU while training; a preview decodes a
 
 def answer(
     config: RunConfig,
-    resolution: int | None,
     gpus: int,
     sharded: bool,
     gpu_memory: float | None,
@@ -35,7 +34,7 @@ def answer(
     if gpu_memory is not None and not 0 < gpu_memory < float("inf"):
         raise ValueError(f"--gpu-memory {gpu_memory}: give the GiB of one GPU, as 24 or 80")
     started = time.perf_counter()
-    made = plan(config, resolution=resolution, gpus=gpus, sharded=sharded)
+    made = plan(config, gpus=gpus, sharded=sharded)
     fit, way, lines = gpu_memory is None or fits(made, gpu_memory), None, [verdict(made, gpu_memory)]
     if gpu_memory is not None and not fit:
         way = first_fit(made, gpu_memory, say)
@@ -43,8 +42,6 @@ def answer(
             lines.append("no remedy makes it fit; take a GPU with more memory, or several with --fsdp")
         else:
             lines.append(f"with {' '.join(way[0].flags)} it {verdict(way[1], gpu_memory)}")
-        if way is not None and way[0].resolution is not None:
-            lines.append(f"(train at {way[0].resolution}: a copy of the teacher's folder with that sample_size)")
     if as_json:
         figures = figures_of(made) | {"fits": fit if gpu_memory is not None else None}
         figures["remedy"] = {"flags": way[0].flags, **figures_of(way[1])} if way is not None else None

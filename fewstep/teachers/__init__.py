@@ -4,6 +4,7 @@ from fewstep.teachers import (  # noqa: F401 - register teachers, families and n
     fashion,
     point_split,
     published,
+    sd3,
     stable_diffusion,
     transformers,
 )

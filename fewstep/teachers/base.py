@@ -102,12 +102,14 @@ class FewSteps:
 
     part: the pipeline's network that the student replaces.  set_up: (pipeline, levels [N], told [N], stochastic) -> the
     arguments of its call; gives it a scheduler for the student's levels in [0, 1], which the network is told as `told`.
-    seeded: whether the scheduler draws its noise from the call's generator.
+    seeded: whether the scheduler draws its noise from the call's generator.  whole: whether the pipeline tells its
+    network whole timesteps only.
     """
 
     part: str
     set_up: Callable[[Any, Tensor, Tensor, bool], dict[str, Any]]
     seeded: bool
+    whole: bool = True
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,14 @@ PIXELS = 2**18
 
 
 class VAECodec:
-    """AutoencoderKL latents to images as the pipeline decodes them: divided by the scaling factor."""
+    """AutoencoderKL latents to images as the pipeline decodes them: divided by the scaling factor, and shifted."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae.requires_grad_(False)
+
+    @property
+    def _shift(self) -> float:
+        return self._vae.config.get("shift_factor") or 0.0
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ class VAECodec:
     def render(self, x: Tensor) -> Tensor:
         """`decode` with a gradient for x, all at once, and not clamped: where it clamps, the gradient would end."""
         vae = self._vae.to(x.device)
-        return vae.decode(x.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return vae.decode(x.to(vae.dtype) / vae.config.scaling_factor + self._shift, return_dict=False)[0]
 
     def features(self, images: Tensor) -> list[Tensor]:
         """What each stage of the encoder makes of images [B, C, H, W], with gradient: maps [B, C', H', W']."""
@@ -93,7 +97,8 @@ class VAECodec:
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> the mean latents [B, C', H', W'] float32."""
         vae = self._vae.to(images.device)
-        return vae.encode(images.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+        latents = vae.encode(images.to(vae.dtype)).latent_dist.mode().float()
+        return (latents - self._shift) * vae.config.scaling_factor
 
     def image_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """(C, H, W) in pixels of latents (C', H', W')."""

@@ -20,9 +20,11 @@ from fewstep.teachers.pipelines import DTYPES, FAMILIES
 from fewstep.teachers.published import PUBLISHED, Published
 from fewstep.types import Condition
 
+OF_FILES = frozenset({"source", "revision", "dtype", "variant"})
+"""Options of how a pipeline's files are read; the others are its family's."""
 CLIP_TOKENS = 77
 VAE_SCALE = 8
-"""Of every published teacher: tokens of a prompt, and pixels per latent."""
+"""Pixels per latent, of every published teacher."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,10 @@ class Source:
     vae_scale: int
 
 
-def outline(name_or_path: str, *, resolution: int | None = None, **options: Any) -> Teacher:
+def outline(name_or_path: str, **options: Any) -> Teacher:
     """The teacher of this name or folder with shapes and no numbers; its prompts are encoded to zeros.
 
-    resolution: pixels of a side; by default the one that it was trained at.  options: of `load_teacher`, of which
-    source and dtype matter.
+    options: of `load_teacher`; the hub's (revision, variant) do not matter.
     Raises LookupError for a name of which no config is here, ValueError for options and resolutions that do not fit.
     """
     dtype, source = options.get("dtype", "fp32"), _source(name_or_path, options)
@@ -52,15 +53,17 @@ def outline(name_or_path: str, *, resolution: int | None = None, **options: Any)
         raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     with quiet(), torch.device("meta"):  # diffusers warns of casts by `to`
         network = _built(source.network).to(DTYPES[dtype]).eval()
-    made = FAMILIES.get(source.family)(_pipe(source, network), name_or_path)
-    shape = made.shape if resolution is None else _shape(source, made.shape, resolution)
+    more = {name: value for name, value in options.items() if name not in OF_FILES}
+    try:
+        made = FAMILIES.get(source.family)(_pipe(source, network), name_or_path, **more)
+    except TypeError as error:
+        raise ValueError(f"teacher {name_or_path!r} with options {options}: {error}") from error
     return replace(
         made,
-        encode=_Zeros(source),
-        shape=shape,
+        encode=_Zeros(made.denoiser.backbone.conditions(source.tokens)),
         card=TeacherCard(name_or_path, name_or_path),
         prompts=("",),
-        reals=lambda: Reals(torch.zeros(1, *shape), ("",)),
+        reals=lambda: Reals(torch.zeros(1, *made.shape), ("",)),
         options=options,
     )
 
@@ -71,15 +74,10 @@ def resolution_of(name_or_path: str, shape: Sequence[int], **options: Any) -> in
 
 
 class _Zeros:
-    """Encodes every prompt, and the empty one, to zeros of the shapes that the family's text encoders give."""
+    """Encodes every prompt, and the empty one, to zeros of these shapes."""
 
-    def __init__(self, source: Source) -> None:
-        config = source.network
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._shapes["text"] = (source.tokens, config.get("cross_attention_dim") or config["text_embed_dim"])
-        if source.family == "StableDiffusionXLPipeline":  # what its embedding takes beside six numbers of sizes
-            sizes = 6 * config["addition_time_embed_dim"]
-            self._shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - sizes,)
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         def rows(count: int) -> dict[str, Tensor]:
@@ -94,9 +92,8 @@ def _source(name: str, options: dict[str, Any]) -> Source:
         given = options.get("source")
         if given is not None and Path(given).is_dir():
             return _of_folder(Path(given))
-        betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-        scheduler = {"_class_name": "DDIMScheduler", "prediction_type": registered.prediction_type, **betas}
-        return Source(registered.pipeline, registered.architecture(), scheduler, CLIP_TOKENS, VAE_SCALE)
+        network, scheduler = registered.architecture(), dict(registered.scheduler)
+        return Source(registered.pipeline, network, scheduler, registered.tokens, VAE_SCALE)
     folder = WEIGHTS / name if registered is not None else Path(name)
     if (folder / "model_index.json").is_file():
         return _of_folder(folder)
@@ -148,13 +145,3 @@ def _pipe(source: Source, network: nn.Module) -> Any:
         vae_scale_factor=source.vae_scale,
         config=SimpleNamespace(force_zeros_for_empty_prompt=True),
     )
-
-
-def _shape(source: Source, shape: tuple[int, ...], resolution: int) -> tuple[int, ...]:
-    step = source.vae_scale * source.network.get("patch_size", 1)
-    if "block_out_channels" in source.network:  # a UNet halves its maps between blocks
-        step *= 2 ** (len(source.network["block_out_channels"]) - 1)
-    if resolution < step or resolution % step:
-        near = max(step, round(resolution / step) * step)
-        raise ValueError(f"resolution {resolution} is not a multiple of this network's {step} pixels; take {near}")
-    return (shape[0], resolution // source.vae_scale, resolution // source.vae_scale)

@@ -23,8 +23,8 @@ FAMILIES: Registry[Callable[..., Teacher]] = Registry("pipeline class")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of a teacher's weights, by the names that training's precision has, too."""
 
-UNETS = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
-"""Families whose network is no chain of blocks."""
+IN_PIECES = frozenset({"CogView4Pipeline"})
+"""Families whose network can be run in pieces, see `models.split`."""
 
 
 def load_teacher(name_or_path: str, **options: Any) -> Teacher:
@@ -68,12 +68,13 @@ def from_pipeline(
     dtype: str = "fp32",
     variant: str | None = None,
     family: str | None = None,
+    **more: Any,
 ) -> Teacher:
     """Load a diffusers pipeline folder or hub id and hand it to its family.
 
     revision: the hub's branch, tag or commit.  dtype: fp32, bf16 or fp16, of the network and its text encoders; the
     VAE stays float32, in which none overflows.  variant: of the weights' files, as "fp16".  family: the pipeline class
-    that it must have.
+    that it must have.  more: what its family takes, such as the resolution in pixels of a side.
     Raises ValueError for what cannot be loaded, LookupError for a pipeline class of no known family: before its
     weights are fetched.
     """
@@ -93,11 +94,26 @@ def from_pipeline(
         raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
     make = FAMILIES.get(type(pipe).__name__)
     check_weights(pipe, str(folder))
-    teacher = make(pipe, source)
+    teacher = make(pipe, source, **more)
     commit = None if local else _commit(folder)
     given = {"revision": revision, "variant": variant, "dtype": None if dtype == "fp32" else dtype}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in (given | more).items() if value is not None}
     return replace(teacher, card=replace(teacher.card, revision=commit), folder=folder, options=options)
+
+
+def resized(shape: tuple[int, ...], resolution: int | None, vae_scale: int, patch: int) -> tuple[int, ...]:
+    """Latents [C, ..., H, W] of square pictures of so many pixels a side; shape itself if that is None.
+
+    vae_scale: pixels per latent.  patch: latents that a side must be a multiple of.
+    Raises ValueError, with the nearest size that fits, for another.
+    """
+    if resolution is None:
+        return shape
+    step = vae_scale * patch
+    if resolution < step or resolution % step:
+        near = max(step, round(resolution / step) * step)
+        raise ValueError(f"resolution {resolution} is not a multiple of this network's {step} pixels; take {near}")
+    return (*shape[:-2], resolution // vae_scale, resolution // vae_scale)
 
 
 def _class_on_hub(source: str, revision: str | None) -> str:

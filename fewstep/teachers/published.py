@@ -6,6 +6,7 @@ A name is loaded from the hub, or from a folder or another repository of the sam
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ class Published:
     """A teacher on the hub.
 
     about: one line.  pipeline: its class in diffusers.  source, revision: repository and commit.  licence: as its card
-    names it.  parameters: of the network that is distilled, in millions.  prediction_type: as its scheduler's config
-    names it.  caution: what to know before it is fetched.
+    names it.  parameters: of the network that is distilled, in millions.  scheduler: what counts of its scheduler's
+    config.  tokens: of its encoded text.  caution: what to know before it is fetched.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Published:
     revision: str
     licence: str
     parameters: int
-    prediction_type: str = "epsilon"
+    scheduler: Mapping[str, Any]
+    tokens: int = 77
     caution: str = ""
 
     def __call__(self, *, source: str | None = None, revision: str | None = None, **options: Any) -> Teacher:
@@ -53,6 +55,16 @@ class Published:
         return json.loads((ARCHITECTURES / f"{self.name}.json").read_text(encoding="utf-8"))
 
 
+BETAS = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+}
+"""Stable Diffusion's."""
+SHIFTED_BY_3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
 PUBLISHED = (
     Published(
         "sd15",
@@ -62,6 +74,7 @@ PUBLISHED = (
         "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         "CreativeML Open RAIL-M",
         860,
+        BETAS,
     ),
     Published(
         "sd21-base",
@@ -71,6 +84,7 @@ PUBLISHED = (
         "5ede9e4bf3e3fd1cb0ef2f7a3fff13ee514fdf06",
         "CreativeML Open RAIL++-M",
         866,
+        BETAS,
         caution="its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
     ),
     Published(
@@ -81,7 +95,7 @@ PUBLISHED = (
         "5cae40e6a2745ae2b01ad92ae5043f95f23644d6",
         "CreativeML Open RAIL++-M",
         866,
-        prediction_type="v_prediction",
+        BETAS | {"prediction_type": "v_prediction"},
         caution="its repository may no longer be public: name a copy with --set teacher.source=FOLDER",
     ),
     Published(
@@ -92,6 +106,37 @@ PUBLISHED = (
         "462165984030d82259a11f4367a4eed129e94a7b",
         "CreativeML Open RAIL++-M",
         2567,
+        BETAS,
+    ),
+    Published(
+        "sd3-medium",
+        "Stable Diffusion 3 medium, 1024x1024, flow",
+        "StableDiffusion3Pipeline",
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        "ea42f8cef0f178587cf766dc8129abd379c90671",
+        "Stability AI Community License",
+        2028,
+        SHIFTED_BY_3,
+    ),
+    Published(
+        "sd35-medium",
+        "Stable Diffusion 3.5 medium, 1024x1024, flow",
+        "StableDiffusion3Pipeline",
+        "stabilityai/stable-diffusion-3.5-medium",
+        "b940f670f0eda2d07fbb75229e779da1ad11eb80",
+        "Stability AI Community License",
+        2243,
+        SHIFTED_BY_3,
+    ),
+    Published(
+        "sd35-large",
+        "Stable Diffusion 3.5 large, 1024x1024, flow",
+        "StableDiffusion3Pipeline",
+        "stabilityai/stable-diffusion-3.5-large",
+        "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
+        "Stability AI Community License",
+        8057,
+        SHIFTED_BY_3,
     ),
 )
 

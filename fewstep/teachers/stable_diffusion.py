@@ -15,7 +15,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import vgg_lpips
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, VAECodec
-from fewstep.teachers.pipelines import FAMILIES
+from fewstep.teachers.pipelines import FAMILIES, resized
 from fewstep.types import Kind
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -23,22 +23,25 @@ KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 @FAMILIES.register("StableDiffusionPipeline")
-def stable_diffusion(pipe: Any, source: str) -> Teacher:
-    """Stable Diffusion 1.x and 2.x: a UNet and one text encoder."""
+def stable_diffusion(pipe: Any, source: str, *, resolution: int | None = None) -> Teacher:
+    """Stable Diffusion 1.x and 2.x: a UNet and one text encoder.
+
+    resolution: pixels of a side, by default those of its config.
+    """
     _check_unet(pipe.unet)
 
     def encode(prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, pipe.text_encoder.device, 1, False)[0]}
 
-    return _teacher(pipe, source, UNet2DCondition, PipelineEncoder(encode), guidance=7.5)
+    return _teacher(pipe, source, UNet2DCondition, PipelineEncoder(encode), resolution, guidance=7.5)
 
 
 @FAMILIES.register("StableDiffusionXLPipeline")
-def stable_diffusion_xl(pipe: Any, source: str) -> Teacher:
+def stable_diffusion_xl(pipe: Any, source: str, *, resolution: int | None = None) -> Teacher:
     """Stable Diffusion XL: a UNet that hears of the picture's size, and two text encoders.
 
     Guidance leads away from zeros, as its pipeline does if its force_zeros_for_empty_prompt says so, and as in DMD2;
-    else from the empty prompt.
+    else from the empty prompt.  resolution: pixels of a side, by default those of its config.
     """
     _check_unet(pipe.unet, told="text_time")
 
@@ -50,11 +53,17 @@ def stable_diffusion_xl(pipe: Any, source: str) -> Teacher:
 
     encoder = PipelineEncoder(encode, zeros=pipe.config.force_zeros_for_empty_prompt)
     backbone = partial(UNet2DConditionXL, vae_scale=pipe.vae_scale_factor)
-    return _teacher(pipe, source, backbone, encoder, guidance=5.0)
+    return _teacher(pipe, source, backbone, encoder, resolution, guidance=5.0)
 
 
 def _teacher(
-    pipe: Any, source: str, backbone: Callable[..., UNet2DCondition], encode: PipelineEncoder, *, guidance: float
+    pipe: Any,
+    source: str,
+    backbone: Callable[..., UNet2DCondition],
+    encode: PipelineEncoder,
+    resolution: int | None,
+    *,
+    guidance: float,
 ) -> Teacher:
     """A teacher on its scheduler's own betas; t = i / 999.
 
@@ -66,7 +75,9 @@ def _teacher(
         levels[-1] = 1e-12  # zero terminal SNR, but for alpha = 1e-6: log-SNR must be finite
     schedule = VPTable(tuple(levels.tolist()))
     size, last = pipe.unet.config.sample_size, len(levels) - 1
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    halvings = len(pipe.unet.config.block_out_channels) - 1
+    shape = resized((pipe.unet.config.in_channels, *sides), resolution, pipe.vae_scale_factor, 2**halvings)
 
     def grid(steps: int) -> Tensor:
         """DDIM's own whole timesteps, then the end of its last step.
@@ -87,7 +98,7 @@ def _teacher(
         denoiser=Denoiser(backbone(pipe.unet, last), schedule, kind),
         encode=encode,
         codec=VAECodec(pipe.vae),
-        shape=(pipe.unet.config.in_channels, height, width),
+        shape=shape,
         card=TeacherCard(source, source),
         prompts=(),
         grid=grid,

@@ -14,14 +14,19 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import vgg_lpips
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, VAECodec
-from fewstep.teachers.pipelines import FAMILIES
+from fewstep.teachers.pipelines import FAMILIES, resized
 
 
 @FAMILIES.register("CogView4Pipeline")
-def cogview4(pipe: Any, source: str) -> Teacher:
-    """CogView4: one transformer, one text encoder, rectified flow; t is the time after its scheduler's shift."""
+def cogview4(pipe: Any, source: str, *, resolution: int | None = None) -> Teacher:
+    """CogView4: one transformer, one text encoder, rectified flow; t is the time after its scheduler's shift.
+
+    resolution: pixels of a side, by default those of its config.
+    """
     transformer = pipe.transformer.config
-    shape = (transformer.in_channels, transformer.sample_size, transformer.sample_size)
+    native = (transformer.in_channels, transformer.sample_size, transformer.sample_size)
+    shape = resized(native, resolution, pipe.vae_scale_factor, transformer.patch_size)
+    mu = _mu(pipe, shape[-1])
 
     def encode(prompt: str) -> dict[str, Tensor]:
         # Its default device is that of any component, which need not be the encoder's.
@@ -34,12 +39,12 @@ def cogview4(pipe: Any, source: str) -> Teacher:
     def grid(steps: int) -> Tensor:
         """CogView4Pipeline's own times: integers from 1000 down to 1, shifted by the scheduler, then 0."""
         indices = torch.linspace(1000, 1, steps, dtype=torch.float64).long().tolist()
-        pipe.scheduler.set_timesteps(timesteps=indices, sigmas=[i / 1000 for i in indices], mu=_mu(pipe))
+        pipe.scheduler.set_timesteps(timesteps=indices, sigmas=[i / 1000 for i in indices], mu=mu)
         return pipe.scheduler.sigmas.clone()
 
     return Teacher(
         denoiser=Denoiser(
-            ShiftedCogView4(pipe.transformer, pipe.vae_scale_factor, _shift(pipe)), RectifiedFlow(), "flow"
+            ShiftedCogView4(pipe.transformer, pipe.vae_scale_factor, _shift(pipe, mu)), RectifiedFlow(), "flow"
         ),
         encode=PipelineEncoder(encode),
         codec=VAECodec(pipe.vae),
@@ -88,27 +93,29 @@ class ShiftedCogView4(CogView4):
         return super().network_time(shift_time(t, 1 / self.shift))
 
 
-def _shift(pipe: Any) -> float:
-    """The factor k by which the pipeline's scheduler shifts times.  Raises ValueError for other spacings."""
+def _shift(pipe: Any, mu: float | None) -> float:
+    """The factor k by which the pipeline's scheduler shifts times.  Raises ValueError for other spacings.
+
+    mu: the dynamic shift, if it has one.
+    """
     config = pipe.scheduler.config
     names = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
     used = [name for name in names if config.get(name)]
     if used:
         raise ValueError(f"the scheduler's {', '.join(used)} cannot be used here; its times must only be shifted")
-    mu = _mu(pipe)
     if mu is None:
         return float(config.get("shift", 1.0))
     return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
 
 
-def _mu(pipe: Any) -> float | None:
-    """The scheduler's dynamic shift for the pipeline's native size, if it has one."""
+def _mu(pipe: Any, side: int) -> float | None:
+    """The scheduler's dynamic shift for latents of that side, if it has one."""
     config = pipe.scheduler.config
     if not config.get("use_dynamic_shifting", False):
         return None
     from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
-    tokens = (pipe.transformer.config.sample_size // pipe.transformer.config.patch_size) ** 2
+    tokens = (side // pipe.transformer.config.patch_size) ** 2
     return calculate_shift(
         tokens, config.get("base_image_seq_len", 256), config.get("base_shift", 0.25), config.get("max_shift", 0.75)
     )

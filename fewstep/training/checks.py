@@ -13,7 +13,7 @@ from fewstep.environment import device_of
 from fewstep.metrics.clip_score import WEIGHTS as CLIP_WEIGHTS
 from fewstep.models.perception import check_lpips
 from fewstep.teachers.base import TEACHERS, Teacher
-from fewstep.teachers.pipelines import UNETS, is_place, pipeline_class
+from fewstep.teachers.pipelines import IN_PIECES, is_place, pipeline_class
 from fewstep.teachers.published import Published
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG
@@ -92,13 +92,14 @@ def check_student(config: RunConfig, resume: bool) -> None:
 
 def check_family(config: RunConfig) -> None:
     """Before its weights are read, for a teacher of which that much is known."""
-    if (
-        "blocks" in config.objective.needs
-        and pipeline_class(config.teacher, config.teacher_options.get("source")) in UNETS
-    ):
+    if "blocks" not in config.objective.needs:
+        return
+    found = pipeline_class(config.teacher, config.teacher_options.get("source"))
+    if found is not None and found not in IN_PIECES:
         raise ValueError(
-            f"method {config.method!r} runs a transformer's last blocks apart, and {config.teacher!r} is a UNet; take "
-            "a transformer, as fashion-dit, or another method, as dmd2"
+            f"method {config.method!r} runs a transformer's last blocks apart, and {config.teacher!r} is a {found}, "
+            f"which cannot be taken apart here; take a {', '.join(sorted(IN_PIECES))}, as fashion-dit, or another "
+            "method, as dmd2"
         )
 
 

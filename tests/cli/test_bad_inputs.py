@@ -364,7 +364,7 @@ def test_a_flow_head_on_a_unet_is_refused_before_its_weights_are_read(cli, tmp_p
     """Fails if the network is built first, which a user of a large teacher would wait for."""
     monkeypatch.setattr("fewstep.teachers.pipelines.from_pipeline", None)
     wrong = ("distill", "--teacher", "fashion-unet", "--method", "tmd", "--out", tmp_path / "run")
-    check_refused(cli(*wrong), "'tmd'", "'fashion-unet' is a UNet", "fashion-dit", "dmd2")
+    check_refused(cli(*wrong), "'tmd'", "'fashion-unet' is a StableDiffusionPipeline", "fashion-dit", "dmd2")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_transformer_methods_can_be_planned():
 
 
 def test_resolution_scales_what_activations_take():
-    small, large = planned("train.batch_size=16"), planned("train.batch_size=16", resolution=64)
+    small, large = planned("train.batch_size=16"), planned("train.batch_size=16", "teacher.resolution=64")
     assert (small.resolution, large.resolution) == (32, 64)
     assert large.bytes("critic")["activations"] > 3 * small.bytes("critic")["activations"]
 
@@ -164,7 +164,7 @@ def test_first_fit_is_the_first_that_fits():
 
 def test_answer_as_json_is_figures():
     said = []
-    text, fit = answer(configured(), None, 1, False, 1.01, as_json=True, say=said.append)
+    text, fit = answer(configured(), 1, False, 1.01, as_json=True, say=said.append)
     figures = json.loads(text)
     assert not fit and figures["fits"] is False and said
     assert figures["peak"] == max(turn["peak"] for turn in figures["turns"].values())
@@ -173,7 +173,7 @@ def test_answer_as_json_is_figures():
 @pytest.mark.parametrize(
     ("error", "match", "sets", "more"),
     [
-        (ValueError, "not a multiple of this network's 8 pixels; take 32", (), {"resolution": 33}),
+        (ValueError, "not a multiple of this network's 8 pixels; take 32", ("teacher.resolution=33",), {}),
         (ValueError, "not a multiple of accumulate x gpus", (), {"gpus": 3}),
         (ValueError, "give --gpus", (), {"sharded": True}),
         (ValueError, "gpus must be >= 1", (), {"gpus": 0}),

@@ -14,16 +14,24 @@ from fewstep.export import export_run
 from fewstep.teachers import TEACHERS
 from fewstep.teachers.pipelines import FAMILIES, load_teacher, pipeline_class
 from fewstep.teachers.published import ARCHITECTURES, PUBLISHED
-from tests.tiny_pipeline import build, build_stable_diffusion, build_stable_diffusion_xl
+from tests.tiny_pipeline import build, build_sd3, build_stable_diffusion, build_stable_diffusion_xl
 
 PARAMETERS = {
     "sd15": 859_520_964,
     "sd21-base": 865_910_724,
     "sd21": 865_910_724,
     "sdxl": 2_567_463_684,
+    "sd3-medium": 2_028_328_000,
+    "sd35-medium": 2_243_171_520,
+    "sd35-large": 8_056_627_520,
 }
-"""Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]."""
-TINY = {"StableDiffusionPipeline": build_stable_diffusion, "StableDiffusionXLPipeline": build_stable_diffusion_xl}
+"""Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]; with the
+table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them."""
+TINY = {
+    "StableDiffusionPipeline": build_stable_diffusion,
+    "StableDiffusionXLPipeline": build_stable_diffusion_xl,
+    "StableDiffusion3Pipeline": build_sd3,
+}
 METHODS = {
     "dmd2": {"num_steps": 2, "guidance": 2.0},
     "sid": {"num_steps": 1, "guidance": 2.0},
@@ -117,15 +125,19 @@ def test_memory_savers_are_in_the_recipe_of_the_largest():
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["copies", "lora", "lora-fake"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3-medium"])
 def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
-    """Three iterations, samples, export; and diffusers makes the same pictures of the exported folder."""
+    """Three iterations, samples, export; and diffusers makes the same pictures of the exported folder.
+
+    At sd15's own size, and at another of the others.
+    """
     if method == "tbcm" and sharing == "lora-fake":
         pytest.skip("there is no fake score")
     published = TEACHERS.get(name)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a bag\na coat\n")
-    teacher = load_teacher(name, source=str(tiny(published.pipeline)))
+    size = {} if name == "sd15" else {"resolution": 24}
+    teacher = load_teacher(name, source=str(tiny(published.pipeline)), **size)
     rates = {"lr": 1e-2, "warmup": 0}
     train = {
         "device": "cpu", "precision": "fp32", "sharing": sharing, "accumulate": 1, "ema": 0.0,
