@@ -96,11 +96,12 @@ def prepare(
     check_needs(config, teacher, prompts)
     accelerator = _accelerator(config.train)
     console = console if accelerator.is_main_process else Console(quiet=True)
+    data = load_data(config, teacher, prompts, captions, accelerator, console)  # the encoders have the device alone
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
-    data = load_data(config, teacher, prompts, captions, accelerator, console)
     trio = build_trio(config, teacher, data, again=start is not None)
     showing, samples = teacher.showing(prompts), config.train.evaluate_samples
     monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
+    teacher.release(keep=monitor.prompts())
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
     )
