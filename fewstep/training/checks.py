@@ -199,5 +199,15 @@ def check_surroundings(config: TrainConfig) -> None:
     dispatch.check_environment()
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
+    eight = [name for name in ("generator", "critic") if getattr(config, name).kind == "adamw8bit"]
+    if eight and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"train.{eight[0]}.kind = 'adamw8bit' needs the package: pip install bitsandbytes; or give adamw"
+        )
+    if eight and device_of(config.device).type == "cpu":
+        raise ValueError(
+            f"train.{eight[0]}.kind = 'adamw8bit' needs a CUDA device (bitsandbytes has no such kernels for the CPU); "
+            "give adamw"
+        )
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package: pip install tensorboard")

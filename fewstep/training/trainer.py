@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.ema import EMA
@@ -46,6 +47,7 @@ class Trainer:
     """
 
     rng: ClassVar[type[Rng]] = Rng
+    optimizer: ClassVar[Callable[..., Optimizer]] = staticmethod(build_optimizer)
 
     def __init__(
         self,
@@ -186,7 +188,7 @@ class Trainer:
         if begin := getattr(self.objective, "begin", None):
             begin(self.trio)
         self.optimizers = {
-            turn: self.accelerator.prepare_optimizer(build_optimizer(self.trio.weights(turn), config))
+            turn: self.accelerator.prepare_optimizer(self.optimizer(self.trio.weights(turn), config))
             for turn, config in (("generator", self.config.generator), ("critic", self.config.critic))
             if turn in self.players
         }
