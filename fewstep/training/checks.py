@@ -90,6 +90,16 @@ def check_student(config: RunConfig, resume: bool) -> None:
         )
 
 
+def check_compile(config: RunConfig) -> None:
+    """That torch.compile leaves the method what it needs."""
+    if config.train.compile and (found := config.objective.needs & {"jvp", "blocks"}):
+        why = {
+            "jvp": "takes derivatives through the network's own operations, which compiled ones hide",
+            "blocks": "runs a network's blocks apart, not its compiled forward",
+        }
+        raise ValueError(f"method {config.method!r} {why[min(found)]}; give --set train.compile=false")
+
+
 def check_family(config: RunConfig) -> None:
     """Before its weights are read, for a teacher of which that much is known."""
     if (

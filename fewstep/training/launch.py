@@ -30,6 +30,7 @@ from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG, PROMPTS
 from fewstep.training.checks import (
     check_brought,
+    check_compile,
     check_family,
     check_lookers,
     check_needs,
@@ -85,6 +86,7 @@ def prepare(
     card = given_pairs(config)
     check_student(config, resume)
     check_family(config)
+    check_compile(config)
     check_lookers(config, isinstance(load, Teacher))
     check_brought(config, isinstance(load, Teacher))
     start = _open_folder(config, out, resume, overwrite)

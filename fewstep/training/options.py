@@ -28,6 +28,7 @@ class TrainConfig:
     sharing: Sharing = "copies"
     lora: LoRA = LoRA()  # of the roles that are adapters
     gradient_checkpointing: bool = False
+    compile: bool = False  # networks by torch.compile, but for calls under hooks (a GAN's features, a second time)
     prompt_cache: Where = "auto"  # encoded prompts: in memory, on disk, or on disk if they take more than 1 GiB
     generator: OptimConfig = OptimConfig()
     critic: OptimConfig = OptimConfig()

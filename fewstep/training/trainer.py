@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, uncompiled
 from fewstep.models.ema import EMA
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Objective
@@ -181,6 +181,8 @@ class Trainer:
         for network in (self.trio.real_score, *trained):
             for module in network.networks():
                 parallel.prepare(module, self.accelerator)
+            if self.config.compile and isinstance(network, Denoiser):
+                network.compile_networks()
 
     def begin(self, stage: int) -> None:
         """Set a stage up, as the run begins, goes from one to the next, or resumes."""
@@ -247,7 +249,8 @@ class Trainer:
             return False
         student = self.ema.denoiser
         training = student.training  # without an average, it is the generator itself
-        figures = self.monitor.evaluate(student.eval(), done)
+        with uncompiled():  # its batches are of other sizes, and each would be compiled anew
+            figures = self.monitor.evaluate(student.eval(), done)
         student.train(training)
         rank = figures.pop("rank", None)
         self.tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
