@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from fewstep.models.denoiser import Denoiser, uncompiled
 from fewstep.models.ema import EMA
+from fewstep.models.offload import Offload
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Objective
 from fewstep.rng import Rng, key
@@ -126,6 +128,8 @@ class Trainer:
                 losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
                 for loss in [losses] if isinstance(losses, Loss) else losses:
                     self.accelerator.backward(loss.total / self.config.accumulate)
+                    if self.offload is not None:
+                        self.offload.leave()
                     metrics.append(loss.metrics)
             if self._descend(turn, optimizer, config.clip):  # a skipped step's NaN would be the whole interval's mean
                 for row in metrics:
@@ -176,13 +180,16 @@ class Trainer:
         """Hand networks and optimisers to accelerate: device, autocast, loss scaling."""
         self.players = self.trio.players()
         trained = [network for networks in self.players.values() for network in networks.values()]
+        device = self.accelerator.device
         for network in (self.trio.real_score, self.ema.denoiser, *trained):
-            network.to(self.accelerator.device)
+            network.to(device)
         for network in (self.trio.real_score, *trained):
             for module in network.networks():
                 parallel.prepare(module, self.accelerator)
             if self.config.compile and isinstance(network, Denoiser):
                 network.compile_networks()
+        away = self.config.offload_teacher and device.type != "cpu"
+        self.offload = Offload(self.trio.real_score, device, trained) if away else None
 
     def begin(self, stage: int) -> None:
         """Set a stage up, as the run begins, goes from one to the next, or resumes."""
@@ -249,7 +256,8 @@ class Trainer:
             return False
         student = self.ema.denoiser
         training = student.training  # without an average, it is the generator itself
-        with uncompiled():  # its batches are of other sizes, and each would be compiled anew
+        # Its batches are of other sizes, and each would be compiled anew; the teacher's weights are the real score's.
+        with uncompiled(), self.offload.staying() if self.offload is not None else nullcontext():
             figures = self.monitor.evaluate(student.eval(), done)
         student.train(training)
         rank = figures.pop("rank", None)
