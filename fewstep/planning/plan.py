@@ -93,7 +93,9 @@ def plan(
     teacher = outline(config.teacher, resolution=resolution, **options)
     micro = config.train.batch_size // (config.train.accumulate * gpus)
     repeats = min(2, config.train.accumulate)
-    train = replace(config.train, batch_size=micro * repeats, accumulate=repeats, device="cpu", compile=False)
+    train = replace(
+        config.train, batch_size=micro * repeats, accumulate=repeats, device="cpu", compile=False, attention="auto"
+    )
     trainer = rehearse(replace(config, train=train, student=None), teacher)
     again, found = config.train.accumulate / repeats, {}
     for turn, peak, calls in _iteration(trainer, foreach=device == "cuda"):

@@ -90,8 +90,13 @@ def check_student(config: RunConfig, resume: bool) -> None:
         )
 
 
-def check_compile(config: RunConfig) -> None:
-    """That torch.compile leaves the method what it needs."""
+def check_derivatives(config: RunConfig) -> None:
+    """That torch.compile and foreign attention leave the method what it needs."""
+    if config.train.attention == "xformers" and "jvp" in config.objective.needs:
+        raise ValueError(
+            f"method {config.method!r} takes derivatives through attention, and xformers has none of that kind; give "
+            "--set train.attention=auto"
+        )
     if config.train.compile and (found := config.objective.needs & {"jvp", "blocks"}):
         why = {
             "jvp": "takes derivatives through the network's own operations, which compiled ones hide",
@@ -209,6 +214,10 @@ def check_surroundings(config: TrainConfig) -> None:
     dispatch.check_environment()
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
+    if config.attention == "xformers" and find_spec("xformers") is None:
+        raise ValueError("train.attention = 'xformers' needs the package: pip install xformers; or leave it at auto")
+    if config.attention == "xformers" and device_of(config.device).type == "cpu":
+        raise ValueError("train.attention = 'xformers' needs a CUDA device; leave it at auto")
     eight = [name for name in ("generator", "critic") if getattr(config, name).kind == "adamw8bit"]
     if eight and find_spec("bitsandbytes") is None:
         raise ValueError(

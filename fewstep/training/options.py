@@ -7,6 +7,7 @@ from typing import Literal
 
 from fewstep.environment import check_device
 from fewstep.models.adapters import LoRA
+from fewstep.models.attention import Attention
 from fewstep.models.trio import Sharing
 from fewstep.training.embeddings import Where
 from fewstep.training.optim import OptimConfig
@@ -29,6 +30,7 @@ class TrainConfig:
     offload_teacher: bool = False  # its weights are on the CPU and visit the GPU for its calls; with copies only
     lora: LoRA = LoRA()  # of the roles that are adapters
     gradient_checkpointing: bool = False
+    attention: Attention = "auto"  # sdpa: torch's kernels; xformers: its own; auto: what the networks come with
     compile: bool = False  # networks by torch.compile, but for calls under hooks (a GAN's features, a second time)
     prompt_cache: Where = "auto"  # encoded prompts: in memory, on disk, or on disk if they take more than 1 GiB
     generator: OptimConfig = OptimConfig()

@@ -12,7 +12,7 @@ from fewstep.models.second_time import with_second_time
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.teachers.pipelines import load_teacher
 from fewstep.training import parallel
-from fewstep.training.checks import check_compile
+from fewstep.training.checks import check_derivatives
 from fewstep.training.launch import _accelerator
 from fewstep.training.options import TrainConfig
 from fewstep.types import Condition
@@ -106,11 +106,11 @@ def test_a_second_time_is_heard_by_a_compiled_network(teacher, counted):
 def test_methods_that_look_into_networks_are_refused(method, why):
     given = {"teacher": {"name": "fashion-dit"}, "method": {"name": method}, "train": {"compile": True}}
     with pytest.raises(ValueError, match=f"method '{method}' .*{why}.*train.compile=false"):
-        check_compile(resolve(given=given))
+        check_derivatives(resolve(given=given))
 
 
 def test_other_methods_are_not():
     given = {"teacher": {"name": "gaussian"}, "method": {"name": "dmd2"}, "train": {"compile": True}}
     config = resolve(given=given)
-    check_compile(config)
+    check_derivatives(config)
     assert isinstance(config.objective, DMD2)
