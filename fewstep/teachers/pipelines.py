@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from fewstep.registry import Registry
 from fewstep.teachers import hub
 from fewstep.teachers.base import TEACHERS, Teacher
+from fewstep.teachers.codecs import PipelineEncoder, TextEncoders
 from fewstep.teachers.folders import check_folder, check_weights, quiet
 
 FAMILIES: Registry[Callable[..., Teacher]] = Registry("pipeline class")
@@ -82,19 +83,15 @@ def from_pipeline(
         raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     local = Path(source).exists()
     _known(check_folder(Path(source)) if local else _class_on_hub(source, revision), source, family)
-    from diffusers import DiffusionPipeline
-
     folder = Path(source) if local else hub.fetch(source, revision, variant)
-    dtypes: Any = {"default": DTYPES[dtype], "vae": torch.float32}
-    files = {"use_safetensors": True} | ({} if variant is None else {"variant": variant})
-    try:
-        with quiet():  # after the hub's own bars
-            pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **files)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
+    read = partial(_read, source, folder, DTYPES[dtype], variant)
+    pipe = read()
     make = FAMILIES.get(type(pipe).__name__)
     check_weights(pipe, str(folder))
     teacher = make(pipe, source, **more)
+    if isinstance(teacher.encode, PipelineEncoder):
+        teacher.encode.encoders = TextEncoders(pipe, read)
+        teacher = replace(teacher, encoders=teacher.encode.encoders)
     commit = None if local else _commit(folder)
     given = {"revision": revision, "variant": variant, "dtype": None if dtype == "fp32" else dtype}
     options = {name: value for name, value in (given | more).items() if value is not None}
@@ -114,6 +111,19 @@ def resized(shape: tuple[int, ...], resolution: int | None, vae_scale: int, patc
         near = max(step, round(resolution / step) * step)
         raise ValueError(f"resolution {resolution} is not a multiple of this network's {step} pixels; take {near}")
     return (*shape[:-2], resolution // vae_scale, resolution // vae_scale)
+
+
+def _read(source: str, folder: Path, dtype: torch.dtype, variant: str | None, **components: Any) -> Any:
+    """The pipeline of a folder.  components: those that are loaded already."""
+    from diffusers import DiffusionPipeline
+
+    dtypes: Any = {"default": dtype, "vae": torch.float32}
+    files = {"use_safetensors": True} | ({} if variant is None else {"variant": variant})
+    try:
+        with quiet():  # after the hub's own bars
+            return DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **files, **components)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
 
 
 def _class_on_hub(source: str, revision: str | None) -> str:

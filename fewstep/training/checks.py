@@ -90,6 +90,21 @@ def check_student(config: RunConfig, resume: bool) -> None:
         )
 
 
+def check_derivatives(config: RunConfig) -> None:
+    """That torch.compile and foreign attention leave the method what it needs."""
+    if config.train.attention == "xformers" and "jvp" in config.objective.needs:
+        raise ValueError(
+            f"method {config.method!r} takes derivatives through attention, and xformers has none of that kind; give "
+            "--set train.attention=auto"
+        )
+    if config.train.compile and (found := config.objective.needs & {"jvp", "blocks"}):
+        why = {
+            "jvp": "takes derivatives through the network's own operations, which compiled ones hide",
+            "blocks": "runs a network's blocks apart, not its compiled forward",
+        }
+        raise ValueError(f"method {config.method!r} {why[min(found)]}; give --set train.compile=false")
+
+
 def check_family(config: RunConfig) -> None:
     """Before its weights are read, for a teacher of which that much is known."""
     if "blocks" not in config.objective.needs:
@@ -200,5 +215,19 @@ def check_surroundings(config: TrainConfig) -> None:
     dispatch.check_environment()
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
+    if config.attention == "xformers" and find_spec("xformers") is None:
+        raise ValueError("train.attention = 'xformers' needs the package: pip install xformers; or leave it at auto")
+    if config.attention == "xformers" and device_of(config.device).type == "cpu":
+        raise ValueError("train.attention = 'xformers' needs a CUDA device; leave it at auto")
+    eight = [name for name in ("generator", "critic") if getattr(config, name).kind == "adamw8bit"]
+    if eight and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"train.{eight[0]}.kind = 'adamw8bit' needs the package: pip install bitsandbytes; or give adamw"
+        )
+    if eight and device_of(config.device).type == "cpu":
+        raise ValueError(
+            f"train.{eight[0]}.kind = 'adamw8bit' needs a CUDA device (bitsandbytes has no such kernels for the CPU); "
+            "give adamw"
+        )
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package: pip install tensorboard")
