@@ -235,12 +235,14 @@ def export(
     form: Annotated[
         str,
         typer.Option(
-            "--format", metavar="pipeline|lora|kohya", help="The whole pipeline, or a LoRA file for the teacher's."
+            "--format",
+            metavar="pipeline|single|lora|kohya",
+            help="A pipeline's folder, one file in the original layout, or a LoRA file for the teacher's.",
         ),
     ] = "pipeline",
     plugin: flags.Plugin = None,
 ) -> None:
-    """Write the student as a diffusers pipeline folder, or as a LoRA file, with its few-step scheduler and a card."""
+    """Write the student as a diffusers pipeline folder, one file or a LoRA file, with its scheduler and a card."""
     with border():
         load_plugins(plugin)
         from fewstep.export import export_run
