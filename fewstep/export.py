@@ -63,7 +63,7 @@ def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best", 
         loading = write_single(pipe, temporary)
     else:
         adapter = load_adapter(run, student.teacher, which)
-        loading = write_adapter(pipe, student.teacher.card, *adapter, few_steps.part, temporary, form)
+        loading = write_adapter(pipe, student.teacher, *adapter, few_steps.part, temporary, form)
     (temporary / "README.md").write_text(model_card(student, call, run, which, loading), encoding="utf-8")
     os.replace(temporary, to)
     return to
