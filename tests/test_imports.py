@@ -42,6 +42,7 @@ RESERVED = {
         "fewstep.teachers",
         "fewstep.export",
         "fewstep.export_adapter",
+        "fewstep.export_single",
     ],
     "accelerate": ["fewstep.training", "fewstep.cli"],
     "peft": ["fewstep.models.adapters"],
