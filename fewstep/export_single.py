@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.teachers.pipelines import UNETS
+from fewstep.teachers.single import TEXTS
 
 FILE = "model.safetensors"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -56,10 +56,10 @@ TEXT = {
 
 def check_layout(pipe: Any) -> None:
     """Raises ValueError for a pipeline that has no original layout here."""
-    if type(pipe).__name__ not in UNETS:
+    if type(pipe).__name__ not in TEXTS.values():
         raise ValueError(
-            f"format single is the original layout of {' and '.join(sorted(UNETS))}, and this student's is a "
-            f"{type(pipe).__name__}; export it as a pipeline"
+            f"format single is the original layout of {' and '.join(sorted(set(TEXTS.values())))}, and "
+            f"this student's is a {type(pipe).__name__}; export it as a pipeline"
         )
 
 

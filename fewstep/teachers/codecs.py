@@ -127,7 +127,7 @@ class VAECodec:
 
     @property
     def _shift(self) -> float:
-        return self._vae.config.get("shift_factor") or 0.0
+        return getattr(self._vae.config, "shift_factor", None) or 0.0
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
