@@ -90,8 +90,28 @@ def test_our_file_for_accelerate_starts_two_processes_that_are_one(tmp_path: Pat
 
     Fails if only one process starts, whose weights would be the same to the bit.
     """
-    command = f"""-m fewstep.cli distill --device cpu --teacher gaussian --method dmd2 --iterations 4 --batch-size 4
-    --set method.guidance=1 --set teacher.fit_steps=2 --set train.evaluate_samples=10 --out""".split()
+    command = [
+        "-m",
+        "fewstep.cli",
+        "distill",
+        "--device",
+        "cpu",
+        "--teacher",
+        "gaussian",
+        "--method",
+        "dmd2",
+        "--iterations",
+        "4",
+        "--batch-size",
+        "4",
+        "--set",
+        "method.guidance=1",
+        "--set",
+        "teacher.fit_steps=2",
+        "--set",
+        "train.evaluate_samples=10",
+        "--out",
+    ]
     launch = f"-m accelerate.commands.accelerate_cli launch --config_file {ACCELERATE} --main_process_port".split()
     for name, start in (("one", []), ("two", [*launch, free_port()])):
         argv = [sys.executable, *start, *command, str(tmp_path / name)]
