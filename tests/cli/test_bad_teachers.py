@@ -119,3 +119,23 @@ def test_mixed_dtypes_are_loaded_as_one(whole, tmp_path):
     retype(folder, torch.float16)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         assert {p.dtype for p in load_teacher(str(folder), dtype=name).denoiser.parameters()} == {dtype}
+
+
+FILES = {
+    "pickle": ("model.ckpt", b"\x80\x04.", ["model.ckpt is a pickle", "take the .safetensors of the same model"]),
+    "damaged": ("model.safetensors", b"\x80\x04.", ["model.safetensors is no safetensors file, or it is cut off"]),
+    "absent": ("other.safetensors", None, ["no file at", "a .safetensors file, a diffusers folder or a hub id"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+@pytest.mark.parametrize("named", [True, False], ids=["sd15", "file"])
+def test_file_that_cannot_teach_is_refused(cli, tmp_path, case, named):
+    """By a published name's source, and as the teacher."""
+    name, content, words = FILES[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "p.txt").write_text("a coat\n")
+    teacher = ["sd15", "--set", f"teacher.source={tmp_path / name}"] if named else [tmp_path / name]
+    flags = ["--prompts", tmp_path / "p.txt", "--set", "train.sharing=lora", "--out", tmp_path / "run"]
+    check_refused(cli("distill", "--method", "dmd2", "--teacher", *teacher, *flags), *words)
