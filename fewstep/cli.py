@@ -241,6 +241,7 @@ def export(
             help="A pipeline's folder, one file in the original layout, or a LoRA file for the teacher's.",
         ),
     ] = "pipeline",
+    samples: Annotated[int, typer.Option(help="Images in the folder's picture; 0 leaves it out.")] = 4,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder as this new repository, too.")
     ] = None,
@@ -257,7 +258,7 @@ def export(
             raise ValueError("--private goes with --push-to-hub OWNER/NAME; leave it out")
         if push_to_hub is not None:
             check_push(push_to_hub)
-        path = export_run(run, to, which=_which(which), form=cast(Any, form))  # checked there
+        path = export_run(run, to, which=_which(which), form=cast(Any, form), samples=samples)  # checked there
         output.print(str(path), highlight=False, soft_wrap=True)
         if push_to_hub is not None:
             output.print(push(path, push_to_hub, private=private), highlight=False, soft_wrap=True)

@@ -56,7 +56,7 @@ def _teachers(teachers: dict[str, Any]) -> Group:
             name,
             told["summary"] + (f"; {told['caution']}" if told.get("caution") else ""),
             f"{told['parameters']}M" if "parameters" in told else "",
-            told.get("licence", ""),
+            told.get("licence", "") + "".join(f"; {word}" for word in told.get("restrictions", ())),
             ", ".join(told["recipes"]),
         )
         for name, told in teachers.items()

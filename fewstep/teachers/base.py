@@ -118,7 +118,8 @@ class FewSteps:
 class TeacherCard:
     """Name, source (hub id or folder), licence and one line of description.
 
-    revision: the hub's commit that was loaded, if it came from there.
+    revision: the hub's commit that was loaded, if it came from there.  restrictions: what binds its users, a sentence
+    each.
     """
 
     name: str
@@ -126,6 +127,7 @@ class TeacherCard:
     licence: str = "unknown"
     description: str = ""
     revision: str | None = None
+    restrictions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 BLOCK = 4096
+INTEGERS = {"I8", "U8", "I16", "I32"}
+"""safetensors' names for what quantised weights are stored in; a buffer of positions is I64."""
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -28,6 +30,11 @@ def check_folder(folder: Path) -> str:
         raise ValueError(f"{index} does not parse: {error}") from error
     if not isinstance(parts, dict) or "_class_name" not in parts:
         raise ValueError(f"{index} names no pipeline class (_class_name)")
+    named = [name for name, value in parts.items() if isinstance(value, list) and value[:1] != [None]]
+    if absent := [name for name in named if not name.startswith("_") and not (folder / name).is_dir()]:
+        raise ValueError(
+            f"{folder} has no {', no '.join(absent)}, which its model_index.json names; take the whole repository"
+        )
     pickles = sorted(p for p in folder.rglob("*") if p.suffix in PICKLES)
     if pickles:
         raise ValueError(
@@ -57,11 +64,18 @@ def check_weights(pipe: Any, source: str) -> None:
 
 
 def _numbers_in(folder: Path) -> int:
-    """How many numbers the safetensors files of a folder hold, by their headers."""
+    """How many numbers the safetensors files of a folder hold, by their headers.  Raises ValueError for integers."""
     count = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                if stored.get_dtype() in INTEGERS:  # loading would take them for the weights, without their scales
+                    raise ValueError(
+                        f"{path} holds quantised weights ({name} is {stored.get_dtype()}); take those in float32, "
+                        "float16 or bfloat16"
+                    )
+                count += math.prod(stored.get_shape())
     return count
 
 

@@ -101,6 +101,7 @@ def from_pipeline(
     pipe = read()
     make = FAMILIES.get(type(pipe).__name__)
     check_weights(pipe, str(folder))
+    _check_parts(pipe, source)
     teacher = make(pipe, source, **more)
     if isinstance(teacher.encode, PipelineEncoder):
         teacher.encode.encoders = TextEncoders(pipe, read)
@@ -139,10 +140,31 @@ def _read(source: str, folder: Path, dtype: torch.dtype, variant: str | None, **
 
 def _effective(source: str, options: dict[str, Any]) -> None:
     """Raise ValueError for an option that such a source does not have."""
-    for name in ("revision", "variant") if is_single(source) else ("config",):
-        if name in options:
-            goes = "a folder or hub id" if is_single(source) else "one .safetensors file, which has no configs"
-            raise ValueError(f"teacher.{name}={options[name]!r} goes with {goes}, and {source!r} is none; leave it out")
+    kind = "file" if is_single(source) else "folder" if Path(source).exists() else "hub id"
+    for name, kinds in {"revision": ["hub id"], "variant": ["hub id", "folder"], "config": ["file"]}.items():
+        if name in options and kind not in kinds:
+            raise ValueError(
+                f"teacher.{name}={options[name]!r} goes with a {' or '.join(kinds)}, and {source!r} is a {kind}; leave "
+                "it out"
+            )
+
+
+def _check_parts(pipe: Any, source: str) -> None:
+    """Raise ValueError for a UNet beside another model's VAE or text encoders, which would fail in use."""
+    if not hasattr(pipe, "unet"):
+        return
+    unet = pipe.unet.config
+    texts = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
+    pairs = {
+        "the VAE's latent channels": (pipe.vae.config.latent_channels, unet.out_channels),
+        "the text encoders' width": (sum(part.config.hidden_size for part in texts), unet.cross_attention_dim),
+    }
+    for what, (found, wanted) in pairs.items():
+        if found != wanted:
+            raise ValueError(
+                f"{source!r} has parts of different models: {what} is {found}, and its UNet takes {wanted}; name a "
+                "pipeline whose parts belong together"
+            )
 
 
 def _class_of(source: str, revision: str | None) -> str:

@@ -6,8 +6,11 @@ A name is loaded from the hub, or from a folder or another repository of the sam
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,14 @@ from fewstep.teachers.single import is_single
 ARCHITECTURES = Path(__file__).parent / "architectures"
 """The config of each one's network as diffusers stores it, so that it can be built without a download."""
 
+RESTRICTIONS = {
+    "non-commercial": "its licence allows no commercial use",
+    "gated": "its licence must be accepted on its page on the hub",
+}
+"""What binds the users of some teachers, in words."""
+
+log = logging.getLogger("fewstep")
+
 
 @dataclass(frozen=True)
 class Published:
@@ -25,7 +36,8 @@ class Published:
 
     about: one line.  pipeline: its class in diffusers.  source, revision: repository and commit.  licence: as its card
     names it.  parameters: of the network that is distilled, in millions.  scheduler: what counts of its scheduler's
-    config.  tokens: of its encoded text.  caution: what to know before it is fetched.
+    config.  tokens: of its encoded text.  caution: what to know before it is fetched.  restrictions: of RESTRICTIONS;
+    they bind a student, too.
     """
 
     name: str
@@ -35,27 +47,44 @@ class Published:
     revision: str
     licence: str
     parameters: int
-    scheduler: Mapping[str, Any]
+    scheduler: Mapping[str, Any] = field(hash=False)
     tokens: int = 77
     caution: str = ""
+    restrictions: tuple[str, ...] = ()
 
     def __call__(self, *, source: str | None = None, revision: str | None = None, **options: Any) -> Teacher:
         """Load it.  source: a folder, file or hub id in its place; revision: of that; options: of `from_pipeline`.
 
         Raises as `load_teacher`, and ValueError for a source that is another kind of pipeline.
         """
+        _warn(self)
         pinned = self.revision if source is None else None
         given = {name: value for name, value in {"source": source, "revision": revision}.items() if value is not None}
         if source is not None and is_single(source):
             options = {"config": f"{self.source}@{self.revision}"} | options
         loaded = from_pipeline(source or self.source, revision=revision or pinned, family=self.pipeline, **options)
-        card = replace(loaded.card, name=self.name, licence=self.licence, description=self.about)
+        words = tuple(RESTRICTIONS[name] for name in self.restrictions)
+        told = {"name": self.name, "licence": self.licence, "description": self.about, "restrictions": words}
+        card = replace(loaded.card, **told)
         # With its dtype always: a run of this very teacher must not take its recipe's.
         return replace(loaded, card=card, options=given | {"dtype": "fp32"} | options)
 
     def architecture(self) -> dict[str, Any]:
         """The config of the network that is distilled, as diffusers' from_config takes it."""
         return json.loads((ARCHITECTURES / f"{self.name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _warn(teacher: Published) -> None:
+    """Say once in a run, by its first process, what binds the users of this teacher."""
+    if teacher.restrictions and os.environ.get("RANK", "0") == "0":
+        words = ", and ".join(RESTRICTIONS[name] for name in teacher.restrictions)
+        log.warning(
+            "teacher %r is restricted: %s. A student made of it is bound by that licence, too (%s).",
+            teacher.name,
+            words,
+            teacher.licence,
+        )
 
 
 BETAS = {
@@ -120,6 +149,7 @@ PUBLISHED = (
         "Stability AI Community License",
         2028,
         SHIFTED_BY_3,
+        restrictions=("gated",),
     ),
     Published(
         "sd35-medium",
@@ -130,6 +160,7 @@ PUBLISHED = (
         "Stability AI Community License",
         2243,
         SHIFTED_BY_3,
+        restrictions=("gated",),
     ),
     Published(
         "sd35-large",
@@ -140,6 +171,7 @@ PUBLISHED = (
         "Stability AI Community License",
         8057,
         SHIFTED_BY_3,
+        restrictions=("gated",),
     ),
 )
 

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from torch.testing import assert_close
 
 import fewstep
+from fewstep import pictures
 from fewstep.export import export_run, model_card
 from fewstep.students import untrained_student
 from tests.tiny_pipeline import build, build_stable_diffusion, build_stable_diffusion_xl
@@ -200,6 +203,76 @@ def test_card_quotes_figures_of_this_checkpoint_only(runs, tmp_path):
         assert ("not measured yet: `fewstep eval RUN --which last`" in card) is not quoted
 
 
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_front_matter_tells_the_hub_what_it_is(runs, exported):
+    """The teacher is the base model only where it came from the hub: else its name is a place on this machine."""
+    run = runs["unet-lora"]
+    for name, lora in (("unet-lora", False), ("unet-lora as lora", True), ("unet-lora as kohya", True)):
+        front = front_matter((exported[name] / "README.md").read_text())
+        assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "text-to-image")
+        assert front["tags"] == ["fewstep", "distillation", "dmd2", "2-step", *(["lora"] if lora else [])]
+        assert (front["license"], front["license_name"]) == ("unknown", "unknown") and "base_model" not in front
+    licences = {
+        "CreativeML Open RAIL++-M": "openrail++",
+        "CreativeML Open RAIL-M": "creativeml-openrail-m",
+        "Apache-2.0 (data: some)": "apache-2.0",
+        "Some Research Licence: v1": "other",
+    }
+    for licence, identifier in licences.items():
+        card = replace(run.teacher.card, name="sdxl", source="some/one", revision="0123abc", licence=licence)
+        front = front_matter(model_card(replace(run.student, teacher=replace(run.teacher, card=card)), {}, run.out))
+        assert (front["license"], front["license_name"]) == (identifier, licence.partition(" (")[0])
+        assert front["base_model"] == "some/one"
+
+
+def test_card_repeats_what_binds_the_teachers_users(runs, exported):
+    run = runs["one-step"]
+    card = replace(run.teacher.card, restrictions=("its licence allows no commercial use", "it is secret"))
+    bound = replace(run.student, teacher=replace(run.teacher, card=card))
+    said = "**Restricted**, as its teacher is: its licence allows no commercial use, and it is secret."
+    assert said in model_card(bound, {}, run.out)
+    assert "Restricted" not in (exported["one-step"] / "README.md").read_text()
+
+
+def test_picture_is_of_the_students_first_images(runs, exported):
+    """Small, and made from the seeds and prompts that the card says."""
+    folder, shown = exported["unet-stochastic"], [PROMPT, "a coat", PROMPT, "a coat"]
+    made = Image.open(folder / "samples.png")
+    images = runs["unet-stochastic"].student.sample(4, shown, 0)
+    assert list(made.convert("L").getdata()) == list(pictures.panel(images, 4, scale=8).convert("L").getdata())
+    assert max(made.size) <= 1024
+    said = 'Seeds 0 to 3, not chosen: "a photo of a bag", "a coat", "a photo of a bag", "a coat".'
+    assert said in (folder / "README.md").read_text()
+
+
+def test_recipe_is_the_runs_without_places_of_this_machine(runs, exported):
+    """Fails if a card or recipe tells the user's folders, but for a LoRA's teacher, which must be found."""
+    folder, run = exported["unet-stochastic"], runs["unet-stochastic"]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["method"] == run.config.to_dict()["method"] and recipe["train"]["generator"]["lr"] == 1e-2
+    assert (recipe["teacher"]["name"], recipe["prompts"]) == ("unet", "prompts.txt")
+    told = (folder / "README.md").read_text() + (folder / "recipe.yaml").read_text()
+    assert str(run.out.parent) not in told
+    assert "Distilled by dmd2: 6 iterations of 2" in told
+
+
+def test_preset_names_scheduler_and_steps(exported):
+    text = (exported["unet-stochastic"] / "README.md").read_text()
+    (preset,) = re.findall(r"```json\n(.*?)\n```", text, re.S)
+    told = {"scheduler": "LCMScheduler", "timesteps": [999, 749, 499, 249], "guidance_scale": 1.0}
+    assert json.loads(preset) == told
+
+
+def test_without_prompts_or_samples_there_is_no_picture(runs, tmp_path):
+    folder = export_run(runs["one-step"].out, tmp_path / "none", samples=0)
+    assert not (folder / "samples.png").exists() and "samples.png" not in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="samples must be >= 0, got -1; 0 leaves the picture out"):
+        export_run(runs["one-step"].out, tmp_path / "other", samples=-1)
+
+
 def test_card_names_the_teachers_revision(runs):
     run = runs["one-step"]
     card = replace(run.teacher.card, name="some/one", revision="0123abc")
@@ -224,7 +297,7 @@ def test_existing_folder_is_left_alone(runs, tmp_path):
 def test_failed_export_leaves_no_folder(runs, tmp_path, monkeypatch):
     """Fails if the folder is written in place: half a pipeline would look like one."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr("fewstep.export.model_card", fail)

@@ -1,19 +1,24 @@
 """Published teachers: what is known of them without a download, and what a copy at another place must be."""
 
+import io
 import json
 import re
+from dataclasses import replace
 
 import diffusers
 import huggingface_hub
 import pytest
 import torch
+from rich.console import Console
 
 import fewstep
 from fewstep.config import resolve
 from fewstep.export import export_run
+from fewstep.index import _brought
+from fewstep.listing import _teachers
 from fewstep.teachers import TEACHERS
 from fewstep.teachers.pipelines import FAMILIES, load_teacher, pipeline_class
-from fewstep.teachers.published import ARCHITECTURES, PUBLISHED
+from fewstep.teachers.published import ARCHITECTURES, PUBLISHED, RESTRICTIONS, Published
 from tests.tiny_pipeline import build, build_sd3, build_stable_diffusion, build_stable_diffusion_xl
 
 PARAMETERS = {
@@ -59,7 +64,7 @@ def test_entry_is_complete_and_its_network_has_the_published_size(published):
     count = sum(p.numel() for p in network.parameters())
     assert count == PARAMETERS[published.name] and round(count / 1e6) == published.parameters
     assert re.fullmatch("[0-9a-f]{40}", published.revision) and published.source.count("/") == 1
-    assert published.pipeline in FAMILIES and published.licence
+    assert published.pipeline in FAMILIES and published.licence and set(published.restrictions) <= set(RESTRICTIONS)
     assert pipeline_class(published.name) == published.pipeline
 
 
@@ -108,6 +113,29 @@ def test_copy_of_another_pipeline_is_refused_before_its_weights_are_read(tiny, t
 def test_unknown_dtype_is_refused_before_anything_is_read():
     with pytest.raises(ValueError, match=r"teacher.dtype='int8': allowed are fp32, bf16, fp16"):
         load_teacher("sdxl", dtype="int8")
+
+
+def test_restricted_weights_warn_once_and_say_so_in_list_and_card(tiny, monkeypatch, caplog):
+    """A made-up entry.  Fails if every load warns again, if a second process does, or if the card forgets."""
+    bound = Published(
+        *("bound", "Made up", "StableDiffusionPipeline", "some/one", "0" * 40, "Some Licence", 1, {}),
+        restrictions=("non-commercial", "gated"),
+    )
+    folder = str(tiny("StableDiffusionPipeline"))
+    cards = [bound(source=folder).card for _ in range(2)]
+    (said,) = [record.getMessage() for record in caplog.records]
+    for words in ("'bound' is restricted", "no commercial use, and", "accepted on its page", "bound by that licence"):
+        assert words in said
+    assert cards[1].restrictions == ("its licence allows no commercial use", RESTRICTIONS["gated"])
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    replace(bound, name="other")(source=folder)
+    TEACHERS.get("sd15")(source=folder)
+    assert not caplog.records
+    told = {"bound": {"summary": bound.about, "recipes": [], **_brought("bound", bound, [])}}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(_teachers(told))
+    assert "Some Licence; non-commercial; gated" in console.export_text()
 
 
 def test_list_knows_size_licence_and_recipes():
