@@ -80,6 +80,10 @@ class RunConfig:
             "student": self.student,
         }
 
+    def defaults(self) -> dict[str, Any]:
+        """Those settings of method and training that have a default, at it."""
+        return {"method": _defaults(type(self.objective)), "train": _defaults(TrainConfig)}
+
     def to_yaml(self) -> str:
         """`to_dict` as YAML."""
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
@@ -157,9 +161,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(k): v for k, v in loaded.items()}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys of two `RunConfig.to_dict`s that a resume must not change, as "key: old -> new"."""
-    flat_old, flat_new = _flat(old), _flat(new)
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
+    """The keys of two `RunConfig.to_dict`s that a resume must not change, as "key: old -> new".
+
+    defaults: what stands for settings that the old one lacks, as one of an earlier version does.
+    """
+    flat_old, flat_new = _flat(defaults or {}) | _flat(old), _flat(new)
     # Files may move: the checkpoint holds a digest of prompts and real samples, and a change of those is refused there;
     # another run's student was only where this one began.
     allowed = {"prompts", "data", "pairs", "student", *(f"train.{name}" for name in MAY_CHANGE)}
@@ -218,6 +225,11 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    found = {f.name: f.default for f in dataclasses.fields(cls)}
+    return {name: _plain(value) for name, value in found.items() if value is not dataclasses.MISSING}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

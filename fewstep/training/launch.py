@@ -219,7 +219,7 @@ def _resumable(config: RunConfig, out: Path) -> Path | None:
     """The newest valid checkpoint; None if the run was killed before its first, and starts again with nothing lost."""
     if not (out / CONFIG).is_file():
         raise FileNotFoundError(f"no run to resume at {out}: {CONFIG} is missing; leave --resume out to start one")
-    changed = differences(read_yaml(out / CONFIG), config.to_dict())
+    changed = differences(read_yaml(out / CONFIG), config.to_dict(), config.defaults())
     if changed:
         raise ValueError(
             f"{out} was started with other settings; a resumed run must keep them. Changed: {'; '.join(changed)}. "

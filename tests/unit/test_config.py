@@ -119,6 +119,17 @@ def test_differences_leave_out_what_a_resume_may_change():
     assert differences(old, new.to_dict()) == []
 
 
+def test_a_run_of_an_earlier_version_lacks_settings_that_are_at_their_defaults():
+    """Fails if a new setting ends the resuming of runs that were started before there was one."""
+    new = resolve(given=TOY)
+    old = new.to_dict()
+    del old["train"]["compile"], old["train"]["generator"]["kind"], old["method"]["turns"]
+    assert differences(old, new.to_dict(), new.defaults()) == []
+    changed = resolve(given=TOY, sets=["train.compile=true", "method.turns.critic_per_generator=9"])
+    found = differences(old, changed.to_dict(), changed.defaults())
+    assert [line.partition(":")[0] for line in found] == ["method.turns.critic_per_generator", "train.compile"]
+
+
 def test_differences_are_none_after_a_file(tmp_path):
     """Fails if tuples and lists, or 1 and 1.0, count as different."""
     made = resolve(given=TOY, sets=["train.generator.lr=1", "train.critic.betas=[0,0.5]"])
