@@ -236,18 +236,31 @@ def export(
     form: Annotated[
         str,
         typer.Option(
-            "--format", metavar="pipeline|lora|kohya", help="The whole pipeline, or a LoRA file for the teacher's."
+            "--format",
+            metavar="pipeline|single|lora|kohya",
+            help="A pipeline's folder, one file in the original layout, or a LoRA file for the teacher's.",
         ),
     ] = "pipeline",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder as this new repository, too.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="The new repository is seen by its owner alone.")] = False,
     plugin: flags.Plugin = None,
 ) -> None:
-    """Write the student as a diffusers pipeline folder, or as a LoRA file, with its few-step scheduler and a card."""
+    """Write the student as a diffusers pipeline folder, one file or a LoRA file, with its scheduler and a card."""
     with border():
         load_plugins(plugin)
         from fewstep.export import export_run
+        from fewstep.publish import check_push, push
 
+        if private and push_to_hub is None:
+            raise ValueError("--private goes with --push-to-hub OWNER/NAME; leave it out")
+        if push_to_hub is not None:
+            check_push(push_to_hub)
         path = export_run(run, to, which=_which(which), form=cast(Any, form))  # checked there
-    output.print(str(path), highlight=False, soft_wrap=True)
+        output.print(str(path), highlight=False, soft_wrap=True)
+        if push_to_hub is not None:
+            output.print(push(path, push_to_hub, private=private), highlight=False, soft_wrap=True)
 
 
 @app.command("list")

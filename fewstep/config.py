@@ -36,7 +36,7 @@ TEXTS = {
 """Settings that are one text each."""
 
 MAY_CHANGE = (
-    *("iterations", "device", "prompt_cache"),
+    *("iterations", "device", "prompt_cache", "offload_teacher"),
     *("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard"),
 )
 """Fields of `train` that a resumed run may set anew; anything else would make it another run."""

@@ -23,6 +23,11 @@ PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "accelerate", "safe
 CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!eval/results")
 
 
+def cache_folder() -> Path:
+    """Where encoded data and unpacked teachers are kept: $FEWSTEP_CACHE, or ~/.cache/fewstep."""
+    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
+
+
 def check_device(name: str) -> None:
     """Raises ValueError unless `name` is one of DEVICES, whether this machine has it or not."""
     if name not in DEVICES:

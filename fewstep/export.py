@@ -1,4 +1,4 @@
-"""A student as a diffusers pipeline folder, or a LoRA file for its teacher's, that needs no fewstep to run."""
+"""A student as a diffusers pipeline folder, one file, or a LoRA file for its teacher's, to run without fewstep."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import torch
 from fewstep.environment import describe
 from fewstep.evaluation import Row, markdown
 from fewstep.export_adapter import write_adapter
+from fewstep.export_single import write_single
 from fewstep.sampling import Student
 from fewstep.students import load_adapter, load_student
 from fewstep.teachers.base import FewSteps
 
-Format = Literal["pipeline", "lora", "kohya"]
-"""A whole pipeline folder, or a LoRA file for the teacher's own pipeline under diffusers' or kohya's names."""
+Format = Literal["pipeline", "single", "lora", "kohya"]
+"""A pipeline's folder, its networks as one file in their original layout, or a LoRA file for the teacher's own pipeline
+under diffusers' or kohya's names."""
 LOADING = """from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)"""
@@ -28,8 +30,8 @@ pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)"""
 def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best", form: Format = "pipeline") -> Path:
     """Write the student of a run with its few-step scheduler and a model card.  Returns `to`.
 
-    form: the whole pipeline, or a LoRA file for the teacher's.  The folder appears whole or not at all.  Raises
-    ValueError if it exists, if the teacher is no pipeline, or for a LoRA file of a student that is no adapter.
+    form: see `Format`.  The folder appears whole or not at all.  Raises ValueError if it exists, if the teacher is no
+    pipeline, for a LoRA file of a student that is no adapter, or for one file of a family that never was one.
     """
     if form not in get_args(Format):
         raise ValueError(f"format {form!r} is not known; allowed: {', '.join(get_args(Format))}")
@@ -52,13 +54,16 @@ def export_run(run: Path, to: Path, *, which: Literal["best", "last"] = "best", 
     shutil.rmtree(temporary, ignore_errors=True)
     to.parent.mkdir(parents=True, exist_ok=True)
     pipe, call = few_step_pipeline(student, folder, few_steps)
-    if form == "pipeline":
+    if form in ("pipeline", "single"):
         getattr(pipe, few_steps.part).load_state_dict(student.denoiser.plain_state())
+    if form == "pipeline":
         pipe.save_pretrained(temporary, safe_serialization=True)
         loading = LOADING
+    elif form == "single":
+        loading = write_single(pipe, temporary)
     else:
         adapter = load_adapter(run, student.teacher, which)
-        loading = write_adapter(pipe, student.teacher.card, *adapter, few_steps.part, temporary, form)
+        loading = write_adapter(pipe, student.teacher, *adapter, few_steps.part, temporary, form)
     (temporary / "README.md").write_text(model_card(student, call, run, which, loading), encoding="utf-8")
     os.replace(temporary, to)
     return to

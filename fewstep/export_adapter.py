@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fewstep.models.adapters import OWN, LoRA
-from fewstep.teachers.base import TeacherCard
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.single import is_single
 
 FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls it."""
@@ -19,7 +20,7 @@ Names = Literal["lora", "kohya"]
 
 
 def write_adapter(
-    pipe: Any, card: TeacherCard, state: Mapping[str, Tensor], lora: LoRA, part: str, to: Path, names: Names
+    pipe: Any, teacher: Teacher, state: Mapping[str, Tensor], lora: LoRA, part: str, to: Path, names: Names
 ) -> str:
     """Save the LoRA file and the pipeline's scheduler.  Returns the lines that load both into the teacher's pipeline.
 
@@ -33,13 +34,25 @@ def write_adapter(
     save_file(tensors, to / FILE, metadata={"format": "pt"})
     pipe.scheduler.save_pretrained(to / "scheduler")
     scheduler = type(pipe.scheduler).__name__
-    revision = f", revision={card.revision!r}" if card.revision else ""
+    family, opened = _opened(pipe, teacher)
     return (
-        f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({card.source!r}{revision}, dtype=torch.float32)\n"
+        f"from diffusers import {family}, {scheduler}\n\n"
+        f"pipe = {family}.{opened}\n"
         f"pipe.load_lora_weights(folder, weight_name={FILE!r})\n"
         f'pipe.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")'
     )
+
+
+def _opened(pipe: Any, teacher: Teacher) -> tuple[str, str]:
+    """The class and the call that load the teacher's own pipeline."""
+    card = teacher.card
+    if is_single(card.source):
+        config, _, commit = str(teacher.options["config"]).partition("@")
+        family, how, source = type(pipe).__name__, "from_single_file", f"{card.source!r}, config={config!r}"
+    else:
+        family, how, source, commit = "DiffusionPipeline", "from_pretrained", repr(card.source), card.revision
+    revision = f", revision={commit!r}" if commit else ""
+    return family, f"{how}({source}{revision}, dtype=torch.float32)"
 
 
 def named(state: Mapping[str, Tensor], lora: LoRA, part: str, names: Names) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import typer
 Text = str | None
 Number = int | None
 
-Teacher = Annotated[Text, typer.Option(help="Registered name, local diffusers folder or hub id.")]
+Teacher = Annotated[Text, typer.Option(help="Registered name, local diffusers folder, .safetensors file or hub id.")]
 Method = Annotated[Text, typer.Option(help="Distillation method; see `fewstep list methods`.")]
 Config = Annotated[Path | None, typer.Option(help="Recipe, or a run's config.yaml; by default the packaged recipe.")]
 NumSteps = Annotated[Number, typer.Option(help="Sampling steps of the student.")]

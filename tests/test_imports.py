@@ -36,7 +36,14 @@ ALLOWED = {
 }
 # library -> the modules that may import it
 RESERVED = {
-    "diffusers": ["fewstep.models.backbones", "fewstep.teachers", "fewstep.export", "fewstep.export_adapter"],
+    "diffusers": [
+        "fewstep.models.attention",
+        "fewstep.models.backbones",
+        "fewstep.teachers",
+        "fewstep.export",
+        "fewstep.export_adapter",
+        "fewstep.export_single",
+    ],
     "accelerate": ["fewstep.training", "fewstep.cli"],
     "peft": ["fewstep.models.adapters"],
 }

@@ -32,8 +32,8 @@ def tiny_transformer() -> Any:
     )
 
 
-def tiny_vae() -> Any:
-    """An AutoencoderKL between 16x16 grey pictures and the tiny latents."""
+def tiny_vae(*, attention: bool = False) -> Any:
+    """An AutoencoderKL between 16x16 grey pictures and the tiny latents, with attention in the middle or without."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -44,7 +44,7 @@ def tiny_vae() -> Any:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=4,
-        mid_block_add_attention=False,
+        mid_block_add_attention=attention,
         scaling_factor=0.7,
         sample_size=PIXELS,
     )
@@ -59,14 +59,15 @@ def tiny_tokenizer(max_tokens: int) -> Any:
     return tokenizer
 
 
-def tiny_text(tokenizer: Any, *, projected: bool = False) -> Any:
-    """A CLIPTextModel of width 16, or one that projects the whole prompt to 16 numbers, too."""
+def tiny_text(tokenizer: Any, *, projected: bool = False, width: int = 16, act: str = "quick_gelu") -> Any:
+    """A CLIPTextModel of this width, or one that projects the whole prompt to 16 numbers, too."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
+        hidden_size=width,
+        hidden_act=act,
         intermediate_size=32,
         projection_dim=16,
         num_hidden_layers=2,
@@ -118,19 +119,28 @@ BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085
 """Stable Diffusion's."""
 
 
-def build_stable_diffusion(folder: Path, *, seed: int = 0, scheduler: str = "DDIMScheduler", **settings: Any) -> Path:
+def build_stable_diffusion(
+    folder: Path,
+    *,
+    seed: int = 0,
+    scheduler: str = "DDIMScheduler",
+    attention: bool = False,
+    act: str = "quick_gelu",
+    **settings: Any,
+) -> Path:
     """Write a StableDiffusionPipeline on the same latents and pictures, with Stable Diffusion's betas.  Returns it.
 
-    scheduler: the class's name in diffusers.  settings: further ones of it.
+    scheduler: the class's name in diffusers.  attention: in the VAE.  act: the text encoder's activation, "gelu" since
+    2.0.  settings: further ones of the scheduler.
     """
     import diffusers
 
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(16)
-    text = tiny_text(tokenizer)
+    text = tiny_text(tokenizer, act=act)
     betas = BETAS | ({"set_alpha_to_one": False, "clip_sample": False} if scheduler == "DDIMScheduler" else {})
     pipe = diffusers.StableDiffusionPipeline(
-        tiny_vae(),
+        tiny_vae(attention=attention),
         text,
         tokenizer,
         tiny_unet(),
@@ -201,9 +211,16 @@ def build_flux(folder: Path, *, seed: int = 0, network: Mapping[str, Any] = {}, 
 
 
 def build_stable_diffusion_xl(
-    folder: Path, *, seed: int = 0, scheduler: str = "EulerDiscreteScheduler", zeros: bool = True, **settings: Any
+    folder: Path,
+    *,
+    seed: int = 0,
+    scheduler: str = "EulerDiscreteScheduler",
+    zeros: bool = True,
+    attention: bool = False,
+    width: int = 16,
+    **settings: Any,
 ) -> Path:
-    """Write a StableDiffusionXLPipeline on the same latents and pictures, its text 16 + 16 wide.  Returns it.
+    """Write a StableDiffusionXLPipeline on the same latents and pictures, its text 16 + `width` wide.  Returns it.
 
     zeros: force_zeros_for_empty_prompt.  The rest as in `build_stable_diffusion`.
     """
@@ -211,12 +228,12 @@ def build_stable_diffusion_xl(
 
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(16)
-    texts = tiny_text(tokenizer), tiny_text(tokenizer, projected=True)
+    texts = tiny_text(tokenizer), tiny_text(tokenizer, projected=True, width=width, act="gelu")
     told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    unet = tiny_unet(32, projection_class_embeddings_input_dim=6 * 8 + 16, **told)
+    unet = tiny_unet(16 + width, projection_class_embeddings_input_dim=6 * 8 + 16, **told)
     noise = getattr(diffusers, scheduler)(**(BETAS | {"timestep_spacing": "leading"} | settings))
     pipe = diffusers.StableDiffusionXLPipeline(
-        tiny_vae(), *texts, tokenizer, tokenizer, unet, noise, force_zeros_for_empty_prompt=zeros
+        tiny_vae(attention=attention), *texts, tokenizer, tokenizer, unet, noise, force_zeros_for_empty_prompt=zeros
     )
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class Denoiser(Player):
         """
         if t.shape != (x_t.shape[0],):
             raise ValueError(f"t must be [B] = [{x_t.shape[0]}], got {list(t.shape)}; expand a scalar time yourself")
-        with _tapped(self.backbone, taps) as found:
+        with _tapped(self.backbone, taps) as found, uncompiled() if taps else nullcontext():
             raw = self.backbone(x_t.to(self.backbone.dtype), self.backbone.network_time(t), cond)
         return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
 
@@ -163,6 +163,11 @@ class Denoiser(Player):
         """The family's own module."""
         return (self.backbone.module,)
 
+    def compile_networks(self) -> None:
+        """Let torch.compile make kernels of its networks' forward; modules, names and parameters stay as they are."""
+        for module in self.networks():
+            module.compile()
+
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; see `Backbone`."""
         self.backbone.checkpoint_activations()
@@ -171,6 +176,11 @@ class Denoiser(Player):
         """A copy with weights of its own; what is not this role's own (a shared teacher's parameters) stays shared."""
         own = {id(p) for p in self.weights().values()}
         return copy.deepcopy(self, {id(p): p for p in self.parameters() if id(p) not in own})
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within it compiled networks run as they are written: compiled ones do not see hooks that come and go."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

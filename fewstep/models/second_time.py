@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.adapters import add_own, own_parts
-from fewstep.models.denoiser import Backbone, Denoiser
+from fewstep.models.denoiser import Backbone, Denoiser, uncompiled
 from fewstep.types import Condition
 
 UNTIL = "until"
@@ -73,7 +73,7 @@ class SecondTime(Backbone):
         if UNTIL not in cond.extra:
             raise ValueError("this network is told the time to which it goes; give cond.also(until=[B])")
         embedded = own_parts(self.module)[UNTIL](cond.extra[UNTIL])
-        with _added(self.module.get_submodule(self.time_embedding), embedded):
+        with _added(self.module.get_submodule(self.time_embedding), embedded), uncompiled():
             return self.inner(x, network_time, cond)
 
     @property

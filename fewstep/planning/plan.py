@@ -91,7 +91,9 @@ def plan(config: RunConfig, *, gpus: int = 1, sharded: bool = False, device: str
     teacher = outline(config.teacher, **options)
     micro = config.train.batch_size // (config.train.accumulate * gpus)
     repeats = min(2, config.train.accumulate)
-    train = replace(config.train, batch_size=micro * repeats, accumulate=repeats, device="cpu")
+    train = replace(
+        config.train, batch_size=micro * repeats, accumulate=repeats, device="cpu", compile=False, attention="auto"
+    )
     trainer = rehearse(replace(config, train=train, student=None), teacher)
     again, found = config.train.accumulate / repeats, {}
     for turn, peak, calls in _iteration(trainer, foreach=device == "cuda"):
@@ -116,8 +118,11 @@ def _iteration(trainer: Rehearsal, *, foreach: bool) -> Iterator[tuple[Turn, Pea
     ledger, calls = Ledger(), Counter()
     trio, last = trainer.trio, trainer.config.iterations - 1
     ledger.claim(_tensors(trainer.ema.denoiser), "ema")
+    if trainer.offload is not None:  # its weights are made anew at each visit
+        trio.real_score.register_forward_pre_hook(lambda *_: ledger.claim(_tensors(trio.real_score), "weights"))
     for network in (trio.real_score, *(n for networks in trainer.players.values() for n in networks.values())):
-        ledger.claim(_tensors(network), "weights")
+        if network is not trio.real_score or trainer.offload is None:
+            ledger.claim(_tensors(network), "weights")
         for module in network.networks():
             module.register_forward_hook(lambda *_: fused.forget())  # autocast is around its forward
     for role in ("generator", "real_score", "fake_score"):

@@ -67,10 +67,11 @@ def table_of(made: Plan) -> Group:
     table.add_row("updates per iteration", *(f"{part.share:.2g}" for part in made.parts.values()))
     trained = ", ".join(f"{role} {count / 1e6:,.1f}M" for role, count in made.trained.items())
     checkpointing = ", gradient checkpointing" if train.gradient_checkpointing else ""
+    offload = ", the teacher offloaded" if train.offload_teacher else ""
     lines = [
         f"{config.teacher} by {config.method} at {made.resolution}x{made.resolution}: {train.sharing}, "
-        f"{train.precision}{checkpointing}; {made.micro_batch} samples at a time, {train.accumulate} times, on "
-        f"{made.gpus} GPU{'s' * (made.gpus > 1)}",
+        f"{train.precision}{checkpointing}{offload}; {made.micro_batch} samples at a time, {train.accumulate} times, "
+        f"on {made.gpus} GPU{'s' * (made.gpus > 1)}",
         f"parameters: teacher {made.parameters['teacher'] / 1e6:,.1f}M; trained: {trained}",
         f"a mean iteration: {made.flops / 1e12:,.3g} TFLOPs on each GPU; rollouts are taken to their last step",
         OFF,

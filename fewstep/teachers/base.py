@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from fewstep.metrics.clip_score import ClipScorer
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import Distance
 from fewstep.registry import Registry
+from fewstep.teachers.codecs import TextEncoders
 from fewstep.types import Condition
 
 
@@ -139,6 +141,7 @@ class Teacher:
     student: makes the network that generator and fake score start from where the teacher is a formula.
     folder, few_steps: the diffusers folder that the teacher was loaded from and how it runs a student, for export.
     reals: loads the real samples that come with the teacher, if any.
+    encoders: the text encoders that `encode` runs, if they are large enough to be moved and freed.
     lpips, clip: load a perceptual distance of its pictures, none for points, and a CLIP that knows them, if any.
     """
 
@@ -158,6 +161,7 @@ class Teacher:
     reals: Callable[[], Reals] | None = None
     lpips: Callable[[], Distance] | None = None
     clip: Callable[[], ClipScorer] | None = None
+    encoders: TextEncoders | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def showing(self, prompts: Sequence[str]) -> Teacher:
@@ -181,9 +185,20 @@ class Teacher:
         return replace(self, encode=with_negative)
 
     def to(self, device: torch.device | str) -> Teacher:
-        """Move the denoiser; encoders and codec follow on use."""
+        """Move the denoiser.  Text encoders move by `encoding_on` alone; the codec goes where its input is."""
         self.denoiser.to(device)
         return self
+
+    def encoding_on(self, device: torch.device | str) -> AbstractContextManager[None]:
+        """Within it the text encoders are on this device, afterwards on the CPU."""
+        return nullcontext() if self.encoders is None else self.encoders.on(device)
+
+    def release(self, keep: Sequence[str] = ()) -> None:
+        """Free the memory of the text encoders; a prompt that is not among `keep` loads them again."""
+        if self.encoders is not None:
+            if keep:
+                self.encode(keep)
+            self.encoders.release()
 
 
 TEACHERS: Registry[Callable[..., Teacher]] = Registry("teacher")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fewstep.types import Condition
@@ -15,14 +16,63 @@ KNOWN = 2**28
 """Bytes of embeddings that an encoder remembers."""
 
 
+class TextEncoders:
+    """A pipeline's text encoders: on the CPU, on a device while many prompts are encoded, nowhere while none are.
+
+    load: (the pipeline's other components by name) -> the pipeline with its text encoders read anew.
+    """
+
+    def __init__(self, pipe: Any, load: Callable[..., Any]) -> None:
+        self._pipe, self._load = pipe, load
+        found = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
+        self._names = [name for name, part in found.items() if part is not None]
+        self._device: torch.device | str = "cpu"
+
+    def modules(self) -> list[nn.Module]:
+        """Those that are in memory."""
+        return [part for name in self._names if (part := getattr(self._pipe, name)) is not None]
+
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator[None]:
+        """Within it they are on this device."""
+        self._move(device)
+        try:
+            yield
+        finally:
+            self._move("cpu")
+
+    def release(self) -> None:
+        """Free their memory, until `restore`."""
+        for name in self._names:
+            setattr(self._pipe, name, None)
+
+    def restore(self) -> None:
+        """Load what was released, if it was."""
+        if len(self.modules()) == len(self._names):
+            return
+        others = {name: part for name, part in self._pipe.components.items() if name not in self._names}
+        loaded = self._load(**others)
+        for name in self._names:
+            setattr(self._pipe, name, getattr(loaded, name))
+        self._move(self._device)
+
+    def _move(self, device: torch.device | str) -> None:
+        self._device = device
+        for module in self.modules():
+            module.to(device)
+
+
 class PipelineEncoder:
-    """Prompts to what the pipeline tells its network of them, one prompt at a time, remembered while they are few.
+    """Prompts to what the pipeline tells its network of them, one prompt at a time; the last ones are remembered.
 
     encode: a prompt -> its tensors by name, [1, ...]; "text" are its tokens, [1, L, D].  One at a time because
     CogView4Pipeline pads to the longest prompt of the call: in a batch, a prompt's embedding would depend on its
     neighbours.
     zeros: guidance leads away from zeros in place of the empty prompt.
+    encoders: what `encode` runs, to be in memory for prompts that are not remembered.
     """
+
+    encoders: TextEncoders | None = None
 
     def __init__(self, encode: Callable[[str], Mapping[str, Tensor]], *, zeros: bool = False) -> None:
         self._encode = encode
@@ -31,12 +81,16 @@ class PipelineEncoder:
 
     @torch.no_grad()
     def _row(self, prompt: str) -> dict[str, Tensor]:
-        if prompt not in self._known:
-            made = {name: value.detach() for name, value in self._encode(prompt).items()}
-            if len(self._known) * sum(value.nbytes for value in made.values()) > KNOWN:
-                self._known.clear()
-            self._known[prompt] = made
-        return self._known[prompt]
+        row = self._known.pop(prompt, None)
+        if row is None:
+            if self.encoders is not None:
+                self.encoders.restore()
+            row = {name: value.detach().cpu() for name, value in self._encode(prompt).items()}
+            size = sum(value.nbytes for value in row.values())
+            while self._known and (len(self._known) + 1) * size > KNOWN:
+                del self._known[next(iter(self._known))]
+        self._known[prompt] = row  # the last used is the last to go
+        return row
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         """B prompts -> {"text": [B, L, D], ...}, and {"length": [B] int64} if they, or the empty one, differ in theirs.
@@ -63,14 +117,17 @@ PIXELS = 2**18
 
 
 class VAECodec:
-    """AutoencoderKL latents to images as the pipeline decodes them: divided by the scaling factor, and shifted."""
+    """AutoencoderKL latents to images as the pipeline decodes them: divided by the scaling factor, and shifted.
+
+    The VAE goes where its input is, and back; only `render` and `features`, whose gradient needs it there, keep it.
+    """
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae.requires_grad_(False)
 
     @property
     def _shift(self) -> float:
-        return self._vae.config.get("shift_factor") or 0.0
+        return getattr(self._vae.config, "shift_factor", None) or 0.0
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -78,7 +135,8 @@ class VAECodec:
         _, height, width = self.image_shape(tuple(x.shape[1:]))
         # One float32 map of 256 channels is a kilobyte per pixel: some pictures at a time.
         parts = x.split(max(1, PIXELS // (height * width)))
-        return torch.cat([self.render(part).clamp(-1, 1) for part in parts])
+        with self._returning():
+            return torch.cat([self.render(part).clamp(-1, 1) for part in parts])
 
     def render(self, x: Tensor) -> Tensor:
         """`decode` with a gradient for x, all at once, and not clamped: where it clamps, the gradient would end."""
@@ -96,11 +154,21 @@ class VAECodec:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> the mean latents [B, C', H', W'] float32."""
-        vae = self._vae.to(images.device)
-        latents = vae.encode(images.to(vae.dtype)).latent_dist.mode().float()
-        return (latents - self._shift) * vae.config.scaling_factor
+        parts = images.split(max(1, PIXELS // (images.shape[-2] * images.shape[-1])))
+        with self._returning():
+            vae = self._vae.to(images.device)
+            means = torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in parts])
+        return (means.float() - self._shift) * vae.config.scaling_factor
 
     def image_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """(C, H, W) in pixels of latents (C', H', W')."""
         scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
         return self._vae.config.in_channels, shape[1] * scale, shape[2] * scale
+
+    @contextmanager
+    def _returning(self) -> Iterator[None]:
+        home = self._vae.device
+        try:
+            yield
+        finally:
+            self._vae.to(home)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "model_index.json"
+CONFIGS = ["*.json", "*.txt", "*.model"]
+"""Of networks and tokenizers."""
 
 
 def fetch_index(source: str, revision: str | None = None) -> dict[str, Any]:
@@ -38,16 +40,28 @@ def fetch(source: str, revision: str | None = None, variant: str | None = None) 
         return Path(DiffusionPipeline.download(source, use_safetensors=True, **options))
 
 
+def fetch_configs(source: str) -> Path:
+    """The folder of a repository's configs and tokenizers, a few megabytes without any weight.
+
+    source: ID, or ID@REVISION.  Raises ValueError as `fetch_index`.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    with _told(name, revision or None, weights=False):
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=CONFIGS))
+
+
 @contextmanager
-def _told(source: str, revision: str | None) -> Iterator[None]:
+def _told(source: str, revision: str | None, *, weights: bool = True) -> Iterator[None]:
     """Whatever a download raises as a ValueError in words: the hub's HTTP library has errors of its own kind."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"cannot load the pipeline {source!r}: {_reason(error, source, revision)}") from error
+        raise ValueError(f"cannot load the pipeline {source!r}: {_reason(error, source, revision, weights)}") from error
 
 
-def _reason(error: Exception, source: str, revision: str | None) -> str:
+def _reason(error: Exception, source: str, revision: str | None, weights: bool) -> str:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{source}"
@@ -62,10 +76,12 @@ def _reason(error: Exception, source: str, revision: str | None) -> str:
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
         at = "" if revision is None else f" --revision {revision}"
+        only = "" if weights else "".join(f" --include '{pattern}'" for pattern in CONFIGS)
+        then = "name FOLDER as the teacher, or with --set teacher.source=FOLDER"
         return (
             f"it is not in the cache ({constants.HF_HUB_CACHE}), and {why}; where there is a network, "
-            f"`hf download {source}{at} --local-dir FOLDER`, then name FOLDER as the teacher, or with "
-            "--set teacher.source=FOLDER"
+            f"`hf download {source}{at}{only} --local-dir FOLDER`, then "
+            + (then if weights else "--set teacher.config=FOLDER")
         )
     if isinstance(error, errors.HFValidationError):
         return str(error)

@@ -20,7 +20,7 @@ from fewstep.teachers.pipelines import DTYPES, FAMILIES
 from fewstep.teachers.published import PUBLISHED, Published
 from fewstep.types import Condition
 
-OF_FILES = frozenset({"source", "revision", "dtype", "variant"})
+OF_FILES = frozenset({"source", "config", "revision", "dtype", "variant"})
 """Options of how a pipeline's files are read; the others are its family's."""
 CLIP_TOKENS = 77
 VAE_SCALE = 8

@@ -1,4 +1,4 @@
-"""Teachers that are diffusers pipelines: a registered name, a local folder or a hub id."""
+"""Teachers that are diffusers pipelines: a registered name, a local folder or file, or a hub id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from fewstep.registry import Registry
 from fewstep.teachers import hub
 from fewstep.teachers.base import TEACHERS, Teacher
+from fewstep.teachers.codecs import PipelineEncoder, TextEncoders
 from fewstep.teachers.folders import check_folder, check_weights, quiet
+from fewstep.teachers.single import class_of, is_single, unpacked
 
 FAMILIES: Registry[Callable[..., Teacher]] = Registry("pipeline class")
 """Pipeline class name -> a function that makes a Teacher of the loaded pipeline."""
@@ -28,10 +30,10 @@ IN_PIECES = frozenset({"CogView4Pipeline"})
 
 
 def load_teacher(name_or_path: str, **options: Any) -> Teacher:
-    """A teacher by registered name, local diffusers folder or hub id.
+    """A teacher by registered name, local diffusers folder, file of the original layout, or hub id.
 
     Hub ids use HF_HOME and HF_TOKEN as huggingface_hub does.  Only safetensors are read and no remote code is run.
-    Raises LookupError for a name that is none of the three, ValueError for a folder or model that cannot be used.
+    Raises LookupError for a name that is none of these, ValueError for a folder or model that cannot be used.
     """
     make = partial(from_pipeline, name_or_path) if is_place(name_or_path) else TEACHERS.get(name_or_path)
     try:
@@ -41,20 +43,24 @@ def load_teacher(name_or_path: str, **options: Any) -> Teacher:
 
 
 def is_place(name_or_path: str) -> bool:
-    """Whether this is no registered name but a folder that is here, or may be a hub id."""
-    return name_or_path not in TEACHERS and (Path(name_or_path).exists() or name_or_path.count("/") == 1)
+    """Whether this is no registered name but a folder or file, or may be a hub id."""
+    return name_or_path not in TEACHERS and (
+        Path(name_or_path).exists() or name_or_path.count("/") == 1 or is_single(name_or_path)
+    )
 
 
 def pipeline_class(name_or_path: str, source: str | None = None) -> str | None:
-    """The pipeline class of a registered teacher or a local folder, before any weight is read; None of other teachers.
+    """The pipeline class of a registered teacher, local folder or file, before any weight is read; None of others.
 
-    source: the option of a published teacher.  Raises ValueError for a folder that is none.
+    source: the option of a published teacher.  Raises ValueError for a folder or file that is none.
     """
     from fewstep.teachers.fashion import WEIGHTS
 
     embedded = WEIGHTS / name_or_path
     if name_or_path not in TEACHERS or source is not None:
         folder = Path(source or name_or_path)
+        if is_single(str(folder)):
+            return class_of(folder)
         return check_folder(folder) if folder.is_dir() else None
     if (embedded / "model_index.json").is_file():
         return check_folder(embedded)
@@ -68,36 +74,38 @@ def from_pipeline(
     dtype: str = "fp32",
     variant: str | None = None,
     family: str | None = None,
+    config: str | None = None,
     **more: Any,
 ) -> Teacher:
-    """Load a diffusers pipeline folder or hub id and hand it to its family.
+    """Load a diffusers pipeline folder or hub id, or one file, and hand it to its family.
 
     revision: the hub's branch, tag or commit.  dtype: fp32, bf16 or fp16, of the network and its text encoders; the
     VAE stays float32, in which none overflows.  variant: of the weights' files, as "fp16".  family: the pipeline class
-    that it must have.  more: what its family takes, such as the resolution in pixels of a side.
+    that it must have.  config: whose configs go with one file, see `single.unpacked`.  more: what its family takes,
+    such as the resolution in pixels of a side.
     Raises ValueError for what cannot be loaded, LookupError for a pipeline class of no known family: before its
     weights are fetched.
     """
     if dtype not in DTYPES:
         raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
+    given = {"revision": revision, "variant": variant, "dtype": None if dtype == "fp32" else dtype, "config": config}
+    options = {name: value for name, value in (given | more).items() if value is not None}
+    _effective(source, options)
     local = Path(source).exists()
-    _known(check_folder(Path(source)) if local else _class_on_hub(source, revision), source, family)
-    from diffusers import DiffusionPipeline
-
-    folder = Path(source) if local else hub.fetch(source, revision, variant)
-    dtypes: Any = {"default": DTYPES[dtype], "vae": torch.float32}
-    files = {"use_safetensors": True} | ({} if variant is None else {"variant": variant})
-    try:
-        with quiet():  # after the hub's own bars
-            pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **files)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
+    _known(_class_of(source, revision), source, family)
+    if is_single(source):
+        folder = unpacked(Path(source), config)
+    else:
+        folder = Path(source) if local else hub.fetch(source, revision, variant)
+    read = partial(_read, source, folder, DTYPES[dtype], variant)
+    pipe = read()
     make = FAMILIES.get(type(pipe).__name__)
     check_weights(pipe, str(folder))
     teacher = make(pipe, source, **more)
+    if isinstance(teacher.encode, PipelineEncoder):
+        teacher.encode.encoders = TextEncoders(pipe, read)
+        teacher = replace(teacher, encoders=teacher.encode.encoders)
     commit = None if local else _commit(folder)
-    given = {"revision": revision, "variant": variant, "dtype": None if dtype == "fp32" else dtype}
-    options = {name: value for name, value in (given | more).items() if value is not None}
     return replace(teacher, card=replace(teacher.card, revision=commit), folder=folder, options=options)
 
 
@@ -116,7 +124,32 @@ def resized(shape: tuple[int, ...], resolution: int | None, vae_scale: int, patc
     return (*shape[:-2], resolution // vae_scale, resolution // vae_scale)
 
 
-def _class_on_hub(source: str, revision: str | None) -> str:
+def _read(source: str, folder: Path, dtype: torch.dtype, variant: str | None, **components: Any) -> Any:
+    """The pipeline of a folder.  components: those that are loaded already."""
+    from diffusers import DiffusionPipeline
+
+    dtypes: Any = {"default": dtype, "vae": torch.float32}
+    files = {"use_safetensors": True} | ({} if variant is None else {"variant": variant})
+    try:
+        with quiet():  # after the hub's own bars
+            return DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, **files, **components)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ValueError(f"cannot load the pipeline {source!r}: {error}") from error
+
+
+def _effective(source: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that such a source does not have."""
+    for name in ("revision", "variant") if is_single(source) else ("config",):
+        if name in options:
+            goes = "a folder or hub id" if is_single(source) else "one .safetensors file, which has no configs"
+            raise ValueError(f"teacher.{name}={options[name]!r} goes with {goes}, and {source!r} is none; leave it out")
+
+
+def _class_of(source: str, revision: str | None) -> str:
+    if is_single(source):
+        return class_of(Path(source))
+    if Path(source).exists():
+        return check_folder(Path(source))
     return str(hub.fetch_index(source, revision).get("_class_name"))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from fewstep.teachers.base import TEACHERS, Teacher
 from fewstep.teachers.pipelines import from_pipeline
+from fewstep.teachers.single import is_single
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 """The config of each one's network as diffusers stores it, so that it can be built without a download."""
@@ -39,12 +40,14 @@ class Published:
     caution: str = ""
 
     def __call__(self, *, source: str | None = None, revision: str | None = None, **options: Any) -> Teacher:
-        """Load it.  source: a folder or hub id in its place; revision: of that; options: of `from_pipeline`.
+        """Load it.  source: a folder, file or hub id in its place; revision: of that; options: of `from_pipeline`.
 
         Raises as `load_teacher`, and ValueError for a source that is another kind of pipeline.
         """
         pinned = self.revision if source is None else None
         given = {name: value for name, value in {"source": source, "revision": revision}.items() if value is not None}
+        if source is not None and is_single(source):
+            options = {"config": f"{self.source}@{self.revision}"} | options
         loaded = from_pipeline(source or self.source, revision=revision or pinned, family=self.pipeline, **options)
         card = replace(loaded.card, name=self.name, licence=self.licence, description=self.about)
         # With its dtype always: a run of this very teacher must not take its recipe's.

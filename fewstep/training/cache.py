@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.environment import cache_folder
 from fewstep.sampling import Advance
 from fewstep.training.checkpoint import write_text
 from fewstep.training.shards import Shards
@@ -44,11 +44,6 @@ class Share:
     rank: int = 0
     of: int = 1
     together: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-def cache_folder() -> Path:
-    """Where encoded data are kept: $FEWSTEP_CACHE, or ~/.cache/fewstep."""
-    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
 
 
 def fingerprint_of(card: Mapping[str, Any]) -> str:

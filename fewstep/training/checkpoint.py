@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for stem, tensors in checkpoint.tensors.items():
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / f"{stem}.safetensors")
+        save_file(_apart(tensors), temporary / f"{stem}.safetensors")
     (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1, sort_keys=True))
     sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps(sums, indent=1, sort_keys=True))
@@ -165,19 +165,44 @@ def prune(run: Path, keep: int, best: int | None, *, written: Path | None = None
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as named tensors ("<parameter index>.<name>") and JSON."""
+    """An optimiser's state as named tensors ("<parameter index>.<name>", names may be nested) and JSON."""
     state = optimizer.state_dict()
-    tensors = {f"{i}.{name}": v for i, entry in state["state"].items() for name, v in entry.items()}
-    return tensors, {"param_groups": state["param_groups"]}
+    flat = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in _leaves(entry)}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in flat.items() if name not in tensors}  # bitsandbytes counts steps in an int
+    return tensors, {"param_groups": state["param_groups"], "rest": rest}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
     """Put a packed state back.  Raises ValueError (from torch) if the parameter groups differ."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, field = name.split(".", 1)
-        state.setdefault(int(index), {})[field] = tensor
+    state: dict[int, Any] = {}
+    for name, value in {**tensors, **extra.get("rest", {})}.items():
+        index, *outer, last = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for part in outer:
+            entry = entry.setdefault(part, {})
+        entry[last] = value
     optimizer.load_state_dict({"state": state, "param_groups": extra["param_groups"]})
+
+
+def _leaves(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names, joined by dots, and values of nested mappings."""
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", leaf) for inner, leaf in _leaves(value))
+        else:
+            yield name, value
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own, without which safetensors refuses them."""
+    made: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous().cpu()
+        made[name] = value.clone() if value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    return made
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -88,6 +89,21 @@ def check_student(config: RunConfig, resume: bool) -> None:
             f"the student of {config.student} was distilled from {name!r}, and --teacher is {config.teacher!r}; both "
             "must be the same"
         )
+
+
+def check_derivatives(config: RunConfig) -> None:
+    """That torch.compile and foreign attention leave the method what it needs."""
+    if config.train.attention == "xformers" and "jvp" in config.objective.needs:
+        raise ValueError(
+            f"method {config.method!r} takes derivatives through attention, and xformers has none of that kind; give "
+            "--set train.attention=auto"
+        )
+    if config.train.compile and (found := config.objective.needs & {"jvp", "blocks"}):
+        why = {
+            "jvp": "takes derivatives through the network's own operations, which compiled ones hide",
+            "blocks": "runs a network's blocks apart, not its compiled forward",
+        }
+        raise ValueError(f"method {config.method!r} {why[min(found)]}; give --set train.compile=false")
 
 
 def check_family(config: RunConfig) -> None:
@@ -198,7 +214,26 @@ def _no_reals(config: RunConfig, name: str) -> str:
 def check_surroundings(config: TrainConfig) -> None:
     """That this machine and environment can do what is asked."""
     dispatch.check_environment()
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "accelerate is configured for FSDP, which this version cannot train with: every process holds all weights. "
+            "Take configs/accelerate/ddp.yaml, and --sharing lora, train.offload_teacher or adamw8bit for less memory"
+        )
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
+    if config.attention == "xformers" and find_spec("xformers") is None:
+        raise ValueError("train.attention = 'xformers' needs the package: pip install xformers; or leave it at auto")
+    if config.attention == "xformers" and device_of(config.device).type == "cpu":
+        raise ValueError("train.attention = 'xformers' needs a CUDA device; leave it at auto")
+    eight = [name for name in ("generator", "critic") if getattr(config, name).kind == "adamw8bit"]
+    if eight and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"train.{eight[0]}.kind = 'adamw8bit' needs the package: pip install bitsandbytes; or give adamw"
+        )
+    if eight and device_of(config.device).type == "cpu":
+        raise ValueError(
+            f"train.{eight[0]}.kind = 'adamw8bit' needs a CUDA device (bitsandbytes has no such kernels for the CPU); "
+            "give adamw"
+        )
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package: pip install tensorboard")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -89,14 +90,15 @@ def load_data(
         console=console,
         share=share,
     )
-    reals = pairs = None
+    found = None
     if "latents" in config.objective.needs and captions is not None:
-        path, codec = Path(str(config.data)), codec_card_of(teacher)
-        found = encoded(path, captions, teacher.codec, teacher.shape, codec, note=note, console=console, share=share)
-        reals = RealData(found, encode, train.seed)
+        path, codec, place = Path(str(config.data)), codec_card_of(teacher), accelerator.device
+        more: Any = {"note": note, "console": console, "share": share, "device": place}
+        found = encoded(path, captions, teacher.codec, teacher.shape, codec, **more)
     elif "latents" in config.objective.needs:
         assert teacher.reals is not None  # check_needs
-        reals = RealData(teacher.reals(), encode, train.seed)
-    if config.pairs:
-        pairs = PairData(Path(config.pairs), encode, train.seed)
-    return PromptData(prompts, encode, teacher.shape, train.seed, reals, pairs)
+        found = teacher.reals()
+    with teacher.encoding_on(accelerator.device):
+        reals = RealData(found, encode, train.seed) if found is not None else None
+        pairs = PairData(Path(config.pairs), encode, train.seed) if config.pairs else None
+        return PromptData(prompts, encode, teacher.shape, train.seed, reals, pairs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -67,10 +67,12 @@ def encoded(
     note: Mapping[str, Any] | None = None,
     console: Console | None = None,
     share: Share | None = None,
+    device: torch.device | str = "cpu",
 ) -> Reals:
     """The pictures at `path` as latents, float16, encoded once and kept in the user's cache for the same codec.
 
     captions: `captions_of` them.  shape: one latent's.  card: what tells the codec from others; see `card_of`.
+    device: where they are encoded.
     Pictures are resized to cover the teacher's size and cut at the centre.  More than MEMORY bytes stay on the disk.
     """
     share, size = share or Share(), codec.image_shape(shape)
@@ -79,10 +81,14 @@ def encoded(
     row = {"latents": torch.empty((1, *shape), dtype=torch.float16)}
     index = store.index() or store.planned(row, len(captions))
     store.begin(index)
+
+    def encode(images: Tensor) -> Tensor:
+        return codec.encode(images.to(device)).half().cpu()
+
     with share.together(), bar("encoding pictures", store.total(share), console) as done:
-        _fill(store, path, codec, size, share, done)
+        _fill(store, path, encode, size, share, done)
     # Nothing is left, unless other processes have caches of their own.
-    _fill(store, path, codec, size, Share(), lambda count: None)
+    _fill(store, path, encode, size, Share(), lambda count: None)
     latents = StoredLatents(store)
     few = index["row_bytes"] * len(captions) <= MEMORY
     return Reals(latents[torch.arange(len(captions))] if few else latents, captions)
@@ -95,7 +101,14 @@ def card_of(teacher: Teacher) -> dict[str, Any]:
     return {"source": teacher.card.source, "revision": teacher.card.revision, "options": teacher.options}
 
 
-def _fill(store: Store, path: Path, codec: Codec, size: tuple[int, int, int], share: Share, done: Advance) -> None:
+def _fill(
+    store: Store,
+    path: Path,
+    encode: Callable[[Tensor], Tensor],
+    size: tuple[int, int, int],
+    share: Share,
+    done: Advance,
+) -> None:
     """Encode what is missing of the shards, in one walk through the pictures; the others are passed over unread."""
     pictures, at = pictures_in(path), 0
     for rows in store.missing(share, done):
@@ -105,7 +118,7 @@ def _fill(store: Store, path: Path, codec: Codec, size: tuple[int, int, int], sh
         for start in range(rows.start, rows.stop, PIECE):
             # Each is read before the next is asked for, which may be in another archive.
             images = [_pixels(picture, size) for picture in islice(pictures, min(PIECE, rows.stop - start))]
-            parts.append(codec.encode(torch.stack(images)).half().cpu())
+            parts.append(encode(torch.stack(images)))
             done(len(images))
         store.write(rows.start, {"latents": _finite(torch.cat(parts), path)})
 

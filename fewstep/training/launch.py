@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep.config import RunConfig, differences, read_yaml
 from fewstep.environment import describe, device_of
 from fewstep.metrics.clip_score import agreement, load_clip_scorer
+from fewstep.models.attention import choose_attention
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import Perception
 from fewstep.models.trio import Trio
@@ -30,6 +31,7 @@ from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG, PROMPTS
 from fewstep.training.checks import (
     check_brought,
+    check_derivatives,
     check_family,
     check_lookers,
     check_needs,
@@ -85,6 +87,7 @@ def prepare(
     card = given_pairs(config)
     check_student(config, resume)
     check_family(config)
+    check_derivatives(config)
     check_lookers(config, isinstance(load, Teacher))
     check_brought(config, isinstance(load, Teacher))
     start = _open_folder(config, out, resume, overwrite)
@@ -96,11 +99,12 @@ def prepare(
     check_needs(config, teacher, prompts)
     accelerator = _accelerator(config.train)
     console = console if accelerator.is_main_process else Console(quiet=True)
+    data = load_data(config, teacher, prompts, captions, accelerator, console)  # the encoders have the device alone
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
-    data = load_data(config, teacher, prompts, captions, accelerator, console)
     trio = build_trio(config, teacher, data, again=start is not None)
     showing, samples = teacher.showing(prompts), config.train.evaluate_samples
     monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
+    teacher.release(keep=monitor.prompts())
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
     )
@@ -147,6 +151,9 @@ def build_trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: 
     if "head" in method.roles:
         network = method.features(trio)  # type: ignore[attr-defined]
         trio.add_head(network, data.batch((0,)), getattr(method, "gan_taps", ()), seed=key(train.seed, "head"))
+    for network in (trio.generator, trio.real_score, *([trio.fake_score] if trio.fake_score else [])):
+        for module in network.networks():
+            choose_attention(module, train.attention)
     if train.gradient_checkpointing:
         trio.checkpoint_activations()
     trio.perception = _perception(config, teacher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -12,8 +13,12 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule.  warmup counts this player's own updates; clip is the largest gradient norm."""
+    """AdamW and its schedule.  warmup counts this player's own updates; clip is the largest gradient norm.
 
+    adamw8bit: moments of 8 bits, by bitsandbytes     [arXiv:2110.02861]
+    """
+
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 1e-5  # DMD2 table 6, SD1.5, where the ratio is 10; together with ratio 5 it is ours
     betas: tuple[float, float] = (0.9, 0.999)  # DMD2 appendix F
     eps: float = 1e-8
@@ -35,11 +40,10 @@ class OptimConfig:
             raise ValueError(f"warmup must be >= 0 updates, got {self.warmup}")
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the given parameters, whatever requires_grad says at the moment."""
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    make = torch.optim.AdamW if config.kind == "adamw" else import_module("bitsandbytes.optim").AdamW8bit
+    return make(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: OptimConfig, update: int, total: int) -> float:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fewstep.environment import check_device
 from fewstep.models.adapters import LoRA
+from fewstep.models.attention import Attention
 from fewstep.models.trio import Sharing
 from fewstep.training.embeddings import Where
 from fewstep.training.optim import OptimConfig
@@ -26,8 +27,11 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu or cuda
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     sharing: Sharing = "copies"
+    offload_teacher: bool = False  # its weights are on the CPU and visit the GPU for its calls; with copies only
     lora: LoRA = LoRA()  # of the roles that are adapters
     gradient_checkpointing: bool = False
+    attention: Attention = "auto"  # sdpa: torch's kernels; xformers: its own; auto: what the networks come with
+    compile: bool = False  # networks by torch.compile, but for calls under hooks (a GAN's features, a second time)
     prompt_cache: Where = "auto"  # encoded prompts: in memory, on disk, or on disk if they take more than 1 GiB
     generator: OptimConfig = OptimConfig()
     critic: OptimConfig = OptimConfig()
@@ -56,5 +60,10 @@ class TrainConfig:
         check_device(self.device)
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.offload_teacher and self.sharing != "copies":
+            raise ValueError(
+                f"offload_teacher has no use with sharing {self.sharing!r}, whose adapters are around the teacher's "
+                "own weights; leave it out, or take --sharing copies"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")

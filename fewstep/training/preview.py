@@ -60,6 +60,11 @@ class Preview:
             pictures.save(image, self.out / "previews" / f"{iteration:08d}.png")
             return self._figures(maker, done)
 
+    def prompts(self) -> list[str]:
+        """All that it ever encodes."""
+        judged = [] if self.teacher.evaluation is None else cycled(self.teacher.prompts, 0, self.samples)
+        return list(dict.fromkeys([*grid_prompts(self.teacher.prompts), *judged]))
+
     def _figures(self, maker: Student, progress: Advance) -> dict[str, float]:
         judge = self.teacher.evaluation
         if judge is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -10,12 +10,15 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
+from torch.optim import Optimizer
 
 from fewstep.config import RunConfig
 from fewstep.rng import Rng
 from fewstep.teachers.base import Teacher
 from fewstep.training.data import PromptData
 from fewstep.training.launch import build_trio
+from fewstep.training.optim import OptimConfig, build_optimizer
 from fewstep.training.reals import RealData
 from fewstep.training.trainer import Trainer
 from fewstep.types import Pair
@@ -41,10 +44,30 @@ class Longest(Rng):
         return high - 1
 
 
+class Adam8bit(Optimizer):
+    """What bitsandbytes' AdamW8bit holds, as of its version 0.44: see its `init_state`."""
+
+    BLOCK, SMALL = 256, 4096  # weights that share a scale; tensors of fewer weights keep moments of float32
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make the state."""
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            dtype = torch.uint8 if p.numel() >= self.SMALL else torch.float32
+            for name in ("1", "2") if p not in self.state else ():
+                self.state[p][f"state{name}"] = torch.zeros_like(p, dtype=dtype)
+                if dtype == torch.uint8:
+                    self.state[p][f"absmax{name}"] = p.new_zeros(-(-p.numel() // self.BLOCK), dtype=torch.float32)
+
+
+def _outlined(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Optimizer:
+    return Adam8bit(parameters, {}) if config.kind == "adamw8bit" else build_optimizer(parameters, config)
+
+
 class Rehearsal(Trainer):
     """A trainer whose iterations are the longest ones."""
 
     rng: ClassVar[type[Rng]] = Longest
+    optimizer: ClassVar[Callable[..., Optimizer]] = staticmethod(_outlined)
 
 
 def rehearse(config: RunConfig, teacher: Teacher) -> Rehearsal:

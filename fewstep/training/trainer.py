@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -11,9 +12,11 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
+from torch.optim import Optimizer
 
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, uncompiled
 from fewstep.models.ema import EMA
+from fewstep.models.offload import Offload
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Objective
 from fewstep.rng import Rng, key
@@ -46,6 +49,7 @@ class Trainer:
     """
 
     rng: ClassVar[type[Rng]] = Rng
+    optimizer: ClassVar[Callable[..., Optimizer]] = staticmethod(build_optimizer)
 
     def __init__(
         self,
@@ -124,6 +128,8 @@ class Trainer:
                 losses = getattr(self.objective, f"{turn}_loss")(self.trio, batch, rng)
                 for loss in [losses] if isinstance(losses, Loss) else losses:
                     self.accelerator.backward(loss.total / self.config.accumulate)
+                    if self.offload is not None:
+                        self.offload.leave()
                     metrics.append(loss.metrics)
             if self._descend(turn, optimizer, config.clip):  # a skipped step's NaN would be the whole interval's mean
                 for row in metrics:
@@ -174,11 +180,16 @@ class Trainer:
         """Hand networks and optimisers to accelerate: device, autocast, loss scaling."""
         self.players = self.trio.players()
         trained = [network for networks in self.players.values() for network in networks.values()]
+        device = self.accelerator.device
         for network in (self.trio.real_score, self.ema.denoiser, *trained):
-            network.to(self.accelerator.device)
+            network.to(device)
         for network in (self.trio.real_score, *trained):
             for module in network.networks():
                 parallel.prepare(module, self.accelerator)
+            if self.config.compile and isinstance(network, Denoiser):
+                network.compile_networks()
+        away = self.config.offload_teacher and device.type != "cpu"
+        self.offload = Offload(self.trio.real_score, device, trained) if away else None
 
     def begin(self, stage: int) -> None:
         """Set a stage up, as the run begins, goes from one to the next, or resumes."""
@@ -186,7 +197,7 @@ class Trainer:
         if begin := getattr(self.objective, "begin", None):
             begin(self.trio)
         self.optimizers = {
-            turn: self.accelerator.prepare_optimizer(build_optimizer(self.trio.weights(turn), config))
+            turn: self.accelerator.prepare_optimizer(self.optimizer(self.trio.weights(turn), config))
             for turn, config in (("generator", self.config.generator), ("critic", self.config.critic))
             if turn in self.players
         }
@@ -245,7 +256,9 @@ class Trainer:
             return False
         student = self.ema.denoiser
         training = student.training  # without an average, it is the generator itself
-        figures = self.monitor.evaluate(student.eval(), done)
+        # Its batches are of other sizes, and each would be compiled anew; the teacher's weights are the real score's.
+        with uncompiled(), self.offload.staying() if self.offload is not None else nullcontext():
+            figures = self.monitor.evaluate(student.eval(), done)
         student.train(training)
         rank = figures.pop("rank", None)
         self.tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})

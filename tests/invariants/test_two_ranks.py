@@ -8,18 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from tests.invariants import gradients as script
-from tests.invariants.conftest import ENVIRONMENT
+from tests.invariants.conftest import ENVIRONMENT, ROOT
+
+ACCELERATE = ROOT / "configs" / "accelerate" / "ddp.yaml"
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what two gloo processes saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
@@ -69,3 +76,52 @@ def test_a_checkpoint_that_cannot_be_written_ends_both(ranks: Path):
     """Fails by hanging when the main process leaves `save` with an error that it keeps to itself."""
     main, other = (json.loads((ranks / f"failed.{rank}.json").read_text()) for rank in range(2))
     assert main in ("FileExistsError", "NotADirectoryError") and other == "RuntimeError"
+
+
+def test_accelerate_reads_our_file_as_two_plain_processes():
+    read = load_config_from_file(str(ACCELERATE))
+    kind = str(read.distributed_type).rpartition(".")[2]
+    assert (kind, read.num_processes, read.num_machines, read.mixed_precision) == ("MULTI_GPU", 2, 1, "no")
+
+
+@pytest.mark.slow
+def test_our_file_for_accelerate_starts_two_processes_that_are_one(tmp_path: Path):
+    """By the command line, on gloo; float32, whose last digits the order of a sum changes.
+
+    Fails if only one process starts, whose weights would be the same to the bit.
+    """
+    command = [
+        "-m",
+        "fewstep.cli",
+        "distill",
+        "--device",
+        "cpu",
+        "--teacher",
+        "gaussian",
+        "--method",
+        "dmd2",
+        "--iterations",
+        "4",
+        "--batch-size",
+        "4",
+        "--set",
+        "method.guidance=1",
+        "--set",
+        "teacher.fit_steps=2",
+        "--set",
+        "train.evaluate_samples=10",
+        "--out",
+    ]
+    launch = f"-m accelerate.commands.accelerate_cli launch --config_file {ACCELERATE} --main_process_port".split()
+    for name, start in (("one", []), ("two", [*launch, free_port()])):
+        argv = [sys.executable, *start, *command, str(tmp_path / name)]
+        done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    equal = []
+    for role in ("generator", "fake_score"):
+        one, two = (
+            load_file(tmp_path / name / "checkpoints" / "00000004" / f"{role}.safetensors") for name in ("one", "two")
+        )
+        torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5)
+        equal += [torch.equal(one[name], two[name]) for name in one]
+    assert not all(equal)

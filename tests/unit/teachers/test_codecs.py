@@ -1,13 +1,17 @@
 """Prompts to conditions by the pipeline's own encoder."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
 
-from fewstep.teachers.codecs import PipelineEncoder
+from fewstep.teachers import codecs
+from fewstep.teachers.codecs import PipelineEncoder, TextEncoders, VAECodec
 from fewstep.teachers.pipelines import load_teacher
 
 PROMPTS = ["a photo of a bag", "an ankle boot, black and white"]
@@ -73,3 +77,79 @@ def test_features_are_every_stages_maps(teacher):
     assert [tuple(m.shape) for m in maps] == [(2, 8, 8, 8), (2, 8, 4, 4), (2, 8, 4, 4)]
     maps[-1].sum().backward()
     assert images.grad is not None and images.grad.abs().max() > 0
+
+
+class Moved(torch.nn.Module):
+    """A network that notes where it was sent, on a machine with one device."""
+
+    def __init__(self):
+        super().__init__()
+        self.device, self.been = "cpu", []
+        self.config = SimpleNamespace(block_out_channels=(1,), in_channels=1, scaling_factor=1.0)
+        self.dtype = torch.float32
+
+    def to(self, device):
+        self.device = device
+        self.been.append(str(device))
+        return self
+
+    def decode(self, x, return_dict):
+        assert str(self.device) == str(x.device)
+        return (x,)
+
+    def encode(self, x):
+        assert str(self.device) == str(x.device)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x))
+
+
+@pytest.mark.parametrize("what", ["decode", "encode"])
+def test_vae_comes_back_from_where_its_input_is(what):
+    """Fails if it stays, where training needs the room; and if a gradient through `render` lost its weights."""
+    vae = Moved()
+    getattr(VAECodec(vae), what)(torch.zeros(2, 1, 4, 4, device="meta"))
+    assert vae.been[0] == "meta" and vae.device == "cpu"
+    VAECodec(vae).render(torch.zeros(2, 1, 4, 4, device="meta"))
+    assert str(vae.device) == "meta"
+
+
+def test_pictures_are_encoded_some_at_a_time(teacher, monkeypatch):
+    images = torch.rand(5, 1, 16, 16) * 2 - 1
+    whole = teacher.codec.encode(images)
+    monkeypatch.setattr(codecs, "PIXELS", 2 * 16 * 16)
+    torch.testing.assert_close(teacher.codec.encode(images), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_text_encoders_are_on_a_device_while_they_encode():
+    parts = {"text_encoder": Moved(), "text_encoder_2": Moved(), "unet": Moved(), "text_encoder_3": None}
+    encoders = TextEncoders(SimpleNamespace(components=parts, **parts), load=lambda **_: None)
+    with pytest.raises(KeyError), encoders.on("meta"):
+        raise KeyError  # they come back all the same
+    assert [part.been for part in parts.values() if part] == [["meta", "cpu"], ["meta", "cpu"], []]
+
+
+def test_released_text_encoders_are_gone_and_come_back_for_a_new_prompt(folder, teacher):
+    """Fails if anything holds them, if a kept prompt needs them, or if they come back with other weights."""
+    loaded = load_teacher(str(folder))
+    (old,) = map(ref, loaded.encoders.modules())
+    guided = loaded.against("shoes")
+    guided.release(keep=PROMPTS)
+    gc.collect()
+    assert old() is None
+    assert len(guided.encode(PROMPTS).null["text"]) == 1 and not loaded.encoders.modules()
+    assert torch.equal(loaded.encode(["coat"]).tensors["text"], teacher.encode(["coat"]).tensors["text"])
+    assert len(loaded.encoders.modules()) == 1
+
+
+def test_the_prompts_used_last_are_remembered(monkeypatch):
+    """Fails if all are forgotten at once: those that are kept by a release would be among them."""
+    asked = []
+
+    def encode(prompt):
+        asked.append(prompt)
+        return {"text": torch.zeros(1, 2, 4)}
+
+    monkeypatch.setattr(codecs, "KNOWN", 3 * 2 * 4 * 4)
+    encoder = PipelineEncoder(encode)
+    for prompt in "abcab":
+        encoder([prompt])
+    assert asked == ["a", "", "b", "c", "a", "b"]  # three are known: at "c" "a" goes, and the empty one never
