@@ -172,6 +172,8 @@ def _code(student: Student, call: dict[str, Any], seeded: bool) -> str:
         sigma = float(student.sampler.begin(torch.ones(1, dtype=torch.float64), student.denoiser.schedule))
         shape = (1, *student.teacher.shape)
         lines += [f"generator = {generator}", f"latents = {sigma:.7g} * torch.randn({shape}, generator=generator)"]
+        if student.teacher.few_steps is not None and student.teacher.few_steps.packed:
+            lines.append("latents = torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT")
         generator, arguments = "generator", f"latents=latents, {arguments}"
     return "\n".join([*lines, f"image = pipe(prompt, generator={generator}, {arguments}).images[0]"])
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.diffusion import few_step, ode
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.patches import pack, unpack
 from fewstep.objectives.rollout import StudentSampler, told
 from fewstep.teachers.base import Teacher
 from fewstep.types import Condition
@@ -59,11 +60,14 @@ class Student:
         check_count("num_steps", self.sampler.num_steps if num_steps is None else num_steps)
         schedule, stochastic = self.denoiser.schedule, self.sampler.stochastic
         grid = self.sampler.grid(schedule, num_steps)
+        packed = self.teacher.few_steps is not None and self.teacher.few_steps.packed
 
         def run(eps: Tensor, generators: list[torch.Generator], cond: Condition) -> Tensor:
             calls = count()
 
             def fresh(x: Tensor) -> Tensor:
+                if packed:  # in the order in which the exported pipeline draws it
+                    return unpack(numbered_noise(tuple(pack(x).shape[1:]), generators), x.shape[-2:]).to(x)
                 return numbered_noise(tuple(x.shape[1:]), generators).to(x)
 
             def denoise(x_t: Tensor, t: Tensor) -> Tensor:

@@ -185,6 +185,31 @@ def build_sd3(folder: Path, *, seed: int = 0, network: Mapping[str, Any] = {}, *
     return folder
 
 
+def build_flux(folder: Path, *, seed: int = 0, network: Mapping[str, Any] = {}, **scheduler: Any) -> Path:
+    """Write a FluxPipeline on latents of the same channels and pictures, its text 40 wide.  Returns it.
+
+    By default it makes pictures of 128 latents a side, as every FluxPipeline.
+    network, scheduler: further settings of FluxTransformer2DModel and FlowMatchEulerDiscreteScheduler.
+    """
+    import diffusers
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(16)
+    text = tiny_text(tokenizer)
+    sizes: dict[str, Any] = {
+        "in_channels": 4 * LATENTS[0], "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 40, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6),
+        "guidance_embeds": True,
+    }  # fmt: skip
+    transformer = diffusers.FluxTransformer2DModel(**(sizes | dict(network)))
+    vae = tiny_vae()
+    vae.register_to_config(shift_factor=0.3)
+    noise = diffusers.FlowMatchEulerDiscreteScheduler(**({"use_dynamic_shifting": True} | scheduler))
+    pipe = diffusers.FluxPipeline(noise, vae, text, tokenizer, tiny_t5(tokenizer, 40), tokenizer, transformer)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def build_stable_diffusion_xl(
     folder: Path,
     *,

@@ -2,6 +2,7 @@
 
 from fewstep.teachers import (  # noqa: F401 - register teachers, families and networks in pieces
     fashion,
+    flux,
     point_split,
     published,
     sd3,

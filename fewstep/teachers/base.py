@@ -105,13 +105,15 @@ class FewSteps:
     part: the pipeline's network that the student replaces.  set_up: (pipeline, levels [N], told [N], stochastic) -> the
     arguments of its call; gives it a scheduler for the student's levels in [0, 1], which the network is told as `told`.
     seeded: whether the scheduler draws its noise from the call's generator.  whole: whether the pipeline tells its
-    network whole timesteps only.
+    network whole timesteps only.  packed: whether it carries latents as tokens, see `models.patches`: those that a call
+    hands over, and the order of the noise drawn between steps.
     """
 
     part: str
     set_up: Callable[[Any, Tensor, Tensor, bool], dict[str, Any]]
     seeded: bool
     whole: bool = True
+    packed: bool = False
 
 
 @dataclass(frozen=True)

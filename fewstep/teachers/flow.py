@@ -33,8 +33,13 @@ def dynamic_mu(scheduler: Any, tokens: int, base: float = 0.5, most: float = 1.1
     return base + (tokens - low) * (most - base) / (high - low)
 
 
-def few_steps(call: Callable[[Any], dict[str, Any]] = lambda pipe: {"guidance_scale": 1.0}) -> FewSteps:
-    """For a pipeline that takes `sigmas` and tells its network 1000 times them.  call: its other arguments."""
+def few_steps(
+    call: Callable[[Any], dict[str, Any]] = lambda pipe: {"guidance_scale": 1.0}, *, packed: bool = False
+) -> FewSteps:
+    """For a pipeline that takes `sigmas` and tells its network 1000 times them.  call: its other arguments.
+
+    packed: whether it carries latents as tokens.
+    """
 
     def set_up(pipe: Any, levels: Tensor, _told: Tensor, stochastic: bool) -> dict[str, Any]:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -43,4 +48,4 @@ def few_steps(call: Callable[[Any], dict[str, Any]] = lambda pipe: {"guidance_sc
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
         return {"num_inference_steps": len(levels), "sigmas": levels.tolist(), **call(pipe)}
 
-    return FewSteps("transformer", set_up, seeded=False, whole=False)
+    return FewSteps("transformer", set_up, seeded=False, whole=False, packed=packed)

@@ -96,6 +96,13 @@ BETAS = {
 }
 """Stable Diffusion's."""
 SHIFTED_BY_3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
 
 PUBLISHED = (
     Published(
@@ -172,6 +179,17 @@ PUBLISHED = (
         8057,
         SHIFTED_BY_3,
         restrictions=("gated",),
+    ),
+    Published(
+        "flux-dev",
+        "FLUX.1 dev, 1024x1024, flow, guidance embedded",
+        "FluxPipeline",
+        "black-forest-labs/FLUX.1-dev",
+        "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
+        "FLUX.1 [dev] Non-Commercial License",
+        11901,
+        SHIFTED_BY_SIZE,
+        restrictions=("non-commercial", "gated"),
     ),
 )
 

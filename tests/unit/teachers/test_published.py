@@ -19,7 +19,7 @@ from fewstep.listing import _teachers
 from fewstep.teachers import TEACHERS
 from fewstep.teachers.pipelines import FAMILIES, load_teacher, pipeline_class
 from fewstep.teachers.published import ARCHITECTURES, PUBLISHED, RESTRICTIONS, Published
-from tests.tiny_pipeline import build, build_sd3, build_stable_diffusion, build_stable_diffusion_xl
+from tests.tiny_pipeline import build, build_flux, build_sd3, build_stable_diffusion, build_stable_diffusion_xl
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -29,13 +29,16 @@ PARAMETERS = {
     "sd3-medium": 2_028_328_000,
     "sd35-medium": 2_243_171_520,
     "sd35-large": 8_056_627_520,
+    "flux-dev": 11_901_408_320,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]; with the
-table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them."""
+table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them, and Flux's "12
+billion"."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
     "StableDiffusion3Pipeline": build_sd3,
+    "FluxPipeline": build_flux,
 }
 METHODS = {
     "dmd2": {"num_steps": 2, "guidance": 2.0},
@@ -153,7 +156,7 @@ def test_memory_savers_are_in_the_recipe_of_the_largest():
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["copies", "lora", "lora-fake"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3-medium"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3-medium", "flux-dev"])
 def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
     """Three iterations, samples, export; and diffusers makes the same pictures of the exported folder.
 
