@@ -26,7 +26,7 @@ def row(made: Plan, seconds: float) -> str:
     held, train = made.bytes(turn), made.config.train
     most = max(part.peak.activations for part in made.parts.values())
     figures = [*(held[kind] / GIB for kind in ("weights", "gradients", "optimiser")), most / GIB]
-    cells = [f"{made.config.teacher}, {made.resolution}", train.sharing, f"{sum(made.trained.values()) / 1e6:,.0f}M"]
+    cells = [f"{made.config.teacher}, {made.size[-1]}", train.sharing, f"{sum(made.trained.values()) / 1e6:,.0f}M"]
     cells += [f"{figure:.1f}" for figure in (*figures, made.peak / GIB, made.needed)]
     return f"| {' | '.join([*cells, f'{made.flops / 1e12:,.0f}', f'{seconds:.0f}'])} |"
 

@@ -38,12 +38,15 @@ def draws_noise(student: Student) -> bool:
     return student.sampler.stochastic and student.sampler.num_steps > 1
 
 
-def is_exact(student: Student) -> bool:
-    """Whether the network is told the student's own times: some pipelines round them, by up to half a thousandth."""
-    if student.teacher.few_steps is not None and not student.teacher.few_steps.whole:
-        return True
-    told = student.denoiser.backbone.network_time(student.sampler.grid(student.denoiser.schedule))
-    return torch.allclose(told, told.round(), atol=1e-3)
+def _rounding(student: Student) -> str:
+    """A sentence on the times that the pipeline tells its network if they are not the student's own, else nothing."""
+    own = student.denoiser.backbone.network_time(student.sampler.grid(student.denoiser.schedule))
+    few_steps = student.teacher.few_steps
+    told = own.round() if few_steps is None else few_steps.tells(own)
+    if torch.allclose(told, own, atol=1e-3):
+        return ""
+    theirs, ours = (", ".join(f"{time:g}" for time in times.tolist()) for times in (told, own))
+    return f" Up to rounding: the pipeline can tell its network the times {theirs}, and the student's are {ours}."
 
 
 def write_samples(student: Student, folder: Path, count: int) -> Sequence[str]:
@@ -96,11 +99,10 @@ def model_card(
         else "The pipeline does not hand its generator to the scheduler, which draws fresh noise between steps: "
         "image i of `fewstep sample --seed SEED` is made by `torch.manual_seed(SEED + i)` and no `generator`."
     )
-    if not is_exact(student):
-        equality += " Up to rounding: the pipeline tells its network whole timesteps only, and these are not."
+    equality += _rounding(student)
     config = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     return f"""---
-{_front_matter(teacher, config, steps, form)}---
+{_front_matter(teacher, config, steps, form, _gives(student) == "frames")}---
 # {name}, distilled to {steps} step{"s" * (steps > 1)}
 
 Made with fewstep {describe()["packages"]["fewstep"]} from {name}{revision}
@@ -124,14 +126,14 @@ The scheduler's preset, and the call's arguments:
 {_recipe(config)}"""
 
 
-def _front_matter(teacher: TeacherCard, config: Mapping[str, Any], steps: int, form: str) -> str:
-    """What the hub sorts by.  The teacher is the base model only if it came from there."""
+def _front_matter(teacher: TeacherCard, config: Mapping[str, Any], steps: int, form: str, film: bool) -> str:
+    """What the hub sorts by.  The teacher is the base model only if it came from there.  film: it makes videos."""
     named = teacher.licence.partition(" (")[0]
     lora = form in ("lora", "kohya")
     method = [config["method"]["name"]] if config else []
     front = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        "pipeline_tag": "text-to-video" if film else "text-to-image",
         "license": LICENCES.get(named, "other"),
         "license_name": named,
         **({"base_model": teacher.source} if teacher.revision else {}),
@@ -175,7 +177,13 @@ def _code(student: Student, call: dict[str, Any], seeded: bool) -> str:
         if student.teacher.few_steps is not None and student.teacher.few_steps.packed:
             lines.append("latents = torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT")
         generator, arguments = "generator", f"latents=latents, {arguments}"
-    return "\n".join([*lines, f"image = pipe(prompt, generator={generator}, {arguments}).images[0]"])
+    name = "video" if _gives(student) == "frames" else "image"
+    return "\n".join([*lines, f"{name} = pipe(prompt, generator={generator}, {arguments}).{_gives(student)}[0]"])
+
+
+def _gives(student: Student) -> str:
+    """Where the result of its pipeline's call is."""
+    return "images" if student.teacher.few_steps is None else student.teacher.few_steps.gives
 
 
 def _measured(student: Student, run: Path, which: str) -> str:

@@ -42,9 +42,13 @@ def scatter(points: Tensor, size: int = 256, extent: float | None = None) -> Ima
 
 
 def panel(images: Tensor, columns: int, *, scale: int = 2, extent: float | None = None) -> Image.Image:
-    """One picture of many samples: images [N, C, H, W] in rows of `columns`, or points [N, D] as one cloud."""
+    """One picture of many samples: images [N, C, H, W] in rows of `columns`, or points [N, D] as one cloud.
+
+    scale: of small images; none is enlarged beyond 512 pixels.
+    """
     if images.ndim < 4:
         return scatter(images, extent=extent)
+    scale = max(1, min(scale, 512 // images.shape[-1]))
     tiles = [picture(image, scale) for image in images]
     width, height = tiles[0].size
     rows = -(-len(tiles) // columns)

@@ -56,8 +56,11 @@ class Backbone(nn.Module, ABC):
         """One prompt's shapes of what it reads of `Condition.tensors`, for plans; tokens: of its encoded text."""
         return {}
 
-    def feature(self, output: Any) -> Tensor:
-        """Of what a tapped module returns, the picture's part: the first of several by default."""
+    def feature(self, output: Any, x: Tensor) -> Tensor:
+        """Of what a tapped module returns, the picture's part: the first of several by default.
+
+        x: the network's input.
+        """
         return output if isinstance(output, Tensor) else output[0]
 
     def plain_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +126,7 @@ class Denoiser(Player):
         """
         if t.shape != (x_t.shape[0],):
             raise ValueError(f"t must be [B] = [{x_t.shape[0]}], got {list(t.shape)}; expand a scalar time yourself")
-        with _tapped(self.backbone, taps) as found, uncompiled() if taps else nullcontext():
+        with _tapped(self.backbone, taps, x_t) as found, uncompiled() if taps else nullcontext():
             raw = self.backbone(x_t.to(self.backbone.dtype), self.backbone.network_time(t), cond)
         return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
 
@@ -184,7 +187,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _tapped(backbone: Backbone, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _tapped(backbone: Backbone, names: Sequence[str], x: Tensor) -> Iterator[dict[str, Tensor]]:
     """Outputs of the named submodules during the enclosed forward.
 
     The hooks go when the forward returns: under gradient checkpointing they would fire again in the recomputation.
@@ -199,7 +202,7 @@ def _tapped(backbone: Backbone, names: Sequence[str]) -> Iterator[dict[str, Tens
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if name in found:
                 raise RuntimeError(f"{name} ran twice in one forward, so its features do not belong to one batch")
-            found[name] = backbone.feature(output)
+            found[name] = backbone.feature(output, x)
 
         return hook
 

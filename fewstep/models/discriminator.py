@@ -19,9 +19,10 @@ class Head(Player):
     """A small classifier for each tapped feature; real is positive     [DMD2, arXiv:2405.14867, section 4.3]
 
     Maps [B, C, h, w]: 4x4 convolutions of stride 2 down to 4x4, one over what is left, then one number.  Tokens
-    [B, N, D] are taken as a square map, or as a row if N is no square; features [B, D] as a map of one.  Group norm
-    and SiLU after each convolution, as in the paper; the widths are the features' own up to WIDEST, to which the first
-    convolution brings wider ones.  Always computes in float32.
+    [B, N, D] are taken as a square map, or as a row if N is no square; features [B, D] as a map of one; the frames of
+    [B, C, T, h, w] are judged apart, each by what the network saw of all.  Group norm and SiLU after each
+    convolution, as in the paper; the widths are the features' own up to WIDEST, to which the first convolution brings
+    wider ones.  Always computes in float32.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -33,12 +34,13 @@ class Head(Player):
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Logits, [B, number of taps] float32.  features: tap name -> the feature of B samples."""
+        """Logits, [B, number of taps] float32, or one a frame.  features: tap name -> the feature of B samples."""
+        batch = len(features[self.taps[0]])
         maps = [_as_map(features[name]) for name in self.taps]
         kind = "cpu" if maps[0].is_meta else maps[0].device.type  # whose switch a plan uses, see planning.device
         with torch.autocast(kind, enabled=False):
             logits = [net(x.to(_dtype(net))) for net, x in zip(self.classifiers, maps, strict=True)]
-        return torch.cat([logit.flatten(1) for logit in logits], 1)
+        return torch.cat([logit.reshape(batch, -1) for logit in logits], 1)
 
     @classmethod
     def probe(cls, denoiser: Denoiser, shape: Sequence[int], cond: Condition, taps: Sequence[str], seed: int) -> Head:
@@ -66,8 +68,9 @@ class Pooled:
 
     def __call__(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits, [B, places of all taps] float32 or better.  features: tap name -> the feature of B samples."""
-        maps = [_as_map(features[name]) for name in self.taps]
-        return torch.cat([x.to(torch.promote_types(x.dtype, torch.float32)).mean(1).flatten(1) for x in maps], 1)
+        batch, maps = len(features[self.taps[0]]), [_as_map(features[name]) for name in self.taps]
+        means = [x.to(torch.promote_types(x.dtype, torch.float32)).mean(1) for x in maps]
+        return torch.cat([x.reshape(batch, -1) for x in means], 1)
 
 
 def taps_of(network: Denoiser, cond: Condition, taps: Sequence[str] = ()) -> tuple[str, ...]:
@@ -90,9 +93,11 @@ def taps_of(network: Denoiser, cond: Condition, taps: Sequence[str] = ()) -> tup
 
 
 def _as_map(feature: Tensor) -> Tensor:
-    """[B, C, h, w] of maps, tokens [B, N, C] or plain features [B, C]."""
+    """[B, C, h, w] of maps, tokens [B, N, C] or plain features [B, C]; [B T, C, h, w] of a video's [B, C, T, h, w]."""
     if feature.ndim == 4:
         return feature
+    if feature.ndim == 5:
+        return feature.transpose(1, 2).flatten(0, 1)
     if feature.ndim == 2:
         return feature[:, :, None, None]
     side = round(feature.shape[1] ** 0.5)

@@ -28,8 +28,8 @@ def fits(made: Plan, gpu_memory: float) -> bool:
 def remedies(made: Plan) -> Iterator[Remedy]:
     """What can be done about memory, each with all before it: from what costs least to what changes the student.
 
-    Checkpointing, one sample at a time, bf16, an adapted fake score, an adapted student, three quarters and half of the
-    resolution.
+    Checkpointing, one sample at a time, bf16, an adapted fake score, an adapted student, three quarters and half of a
+    picture's resolution.
     """
     flags: tuple[str, ...] = ()
     config = made.config
@@ -40,9 +40,10 @@ def remedies(made: Plan) -> Iterator[Remedy]:
                 changed,
             )
             yield Remedy(flags, config)
-    for share in (0.75, 0.5) if _loads(config.teacher) else ():
-        size = round(made.resolution * share / 64) * 64
-        if 64 <= size < made.resolution:
+    side = made.size[-1]
+    for share in (0.75, 0.5) if _loads(config.teacher) and len(made.size) == 2 else ():
+        size = round(side * share / 64) * 64
+        if 64 <= size < side:
             options = {**config.teacher_options, "resolution": size}
             yield Remedy((*flags, f"--resolution {size}"), replace(config, teacher_options=options))
 

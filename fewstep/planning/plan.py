@@ -13,7 +13,7 @@ from torch import nn
 from fewstep.config import RunConfig
 from fewstep.planning.device import Fused
 from fewstep.planning.ledger import Category, Ledger, Peak
-from fewstep.teachers.outline import outline, resolution_of
+from fewstep.teachers.outline import outline, size_of
 from fewstep.training.options import TrainConfig
 from fewstep.training.rehearsal import Rehearsal, rehearse
 from fewstep.types import Turn
@@ -44,12 +44,13 @@ class Part:
 class Plan:
     """What a distillation would take on each of its GPUs.
 
-    resolution: pixels of a side.  parameters, trained: numbers by role.  parts: by turn.
+    size: pixels of a sample, (height, width) or (frames, height, width).  parameters, trained: numbers by role.  parts:
+    by turn.
     gpus, sharded: FSDP divides weights, gradients and optimiser states among them.
     """
 
     config: RunConfig
-    resolution: int
+    size: tuple[int, ...]
     micro_batch: int
     parameters: dict[str, int]
     trained: dict[str, int]
@@ -102,7 +103,7 @@ def plan(config: RunConfig, *, gpus: int = 1, sharded: bool = False, device: str
     players = {role: player for networks in trainer.players.values() for role, player in networks.items()}
     return Plan(
         config,
-        resolution_of(config.teacher, teacher.shape, **options),
+        size_of(config.teacher, teacher.shape, **options),
         micro,
         {"teacher": _count(trainer.trio.real_score)},
         {role: sum(p.numel() for p in player.weights().values()) for role, player in players.items()},

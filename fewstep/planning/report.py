@@ -69,7 +69,7 @@ def table_of(made: Plan) -> Group:
     checkpointing = ", gradient checkpointing" if train.gradient_checkpointing else ""
     offload = ", the teacher offloaded" if train.offload_teacher else ""
     lines = [
-        f"{config.teacher} by {config.method} at {made.resolution}x{made.resolution}: {train.sharing}, "
+        f"{config.teacher} by {config.method} at {'x'.join(map(str, made.size))}: {train.sharing}, "
         f"{train.precision}{checkpointing}{offload}; {made.micro_batch} samples at a time, {train.accumulate} times, "
         f"on {made.gpus} GPU{'s' * (made.gpus > 1)}",
         f"parameters: teacher {made.parameters['teacher'] / 1e6:,.1f}M; trained: {trained}",
@@ -89,7 +89,7 @@ def figures_of(made: Plan) -> dict[str, Any]:
         "sharing": made.config.train.sharing,
         "precision": made.config.train.precision,
         "gradient_checkpointing": made.config.train.gradient_checkpointing,
-        "resolution": made.resolution,
+        "size": made.size,
         "micro_batch": made.micro_batch,
         "accumulate": made.config.train.accumulate,
         "gpus": made.gpus,

@@ -8,6 +8,7 @@ from fewstep.teachers import (  # noqa: F401 - register teachers, families and n
     sd3,
     stable_diffusion,
     transformers,
+    wan,
 )
 from fewstep.teachers.base import TEACHERS, Teacher, TeacherCard, register_teacher
 from fewstep.teachers.closed_form import gaussian, mixture

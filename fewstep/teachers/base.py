@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -104,15 +104,17 @@ class FewSteps:
 
     part: the pipeline's network that the student replaces.  set_up: (pipeline, levels [N], told [N], stochastic) -> the
     arguments of its call; gives it a scheduler for the student's levels in [0, 1], which the network is told as `told`.
-    seeded: whether the scheduler draws its noise from the call's generator.  whole: whether the pipeline tells its
-    network whole timesteps only.  packed: whether it carries latents as tokens, see `models.patches`: those that a call
-    hands over, and the order of the noise drawn between steps.
+    seeded: whether the scheduler draws its noise from the call's generator.  tells: the student's times on the
+    network's scale [N] -> those that the pipeline can tell, by default whole ones.  gives: where its call's result is.
+    packed: whether it carries latents as tokens, see `models.patches`: those that a call hands over, and the order of
+    the noise drawn between steps.
     """
 
     part: str
     set_up: Callable[[Any, Tensor, Tensor, bool], dict[str, Any]]
     seeded: bool
-    whole: bool = True
+    tells: Callable[[Tensor], Tensor] = torch.round
+    gives: Literal["images", "frames"] = "images"
     packed: bool = False
 
 

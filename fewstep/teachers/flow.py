@@ -48,4 +48,40 @@ def few_steps(
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
         return {"num_inference_steps": len(levels), "sigmas": levels.tolist(), **call(pipe)}
 
-    return FewSteps("transformer", set_up, seeded=False, whole=False, packed=packed)
+    return FewSteps("transformer", set_up, seeded=False, tells=lambda told: told, packed=packed)
+
+
+def curved_scheduler(levels: Tensor, stochastic: bool) -> Any:
+    """A scheduler whose own times are these levels [N], for a pipeline whose call takes none.
+
+    Its N levels lie evenly from 1 to almost 0, are shifted, and stretched to end at `shift_terminal`.  With w = 1 - t a
+    shift and a stretch give 1 / w_i = a / i + b / (N - 1), for any a and b: as are a student's levels, whatever its own
+    shift, up to their rounding to thousandths.  Here they go through the first, middle and last level, so that up to
+    three are exact.
+    Raises ValueError for levels that do not begin at 1.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    count, shift = len(levels), 1.0
+    end: dict[str, Any] = {"shift_terminal": float(levels[-1])} if count > 1 else {}
+    if abs(float(levels[0]) - 1) > 1e-6:
+        raise ValueError(
+            f"this pipeline begins at time 1, and the student at {float(levels[0]):g}; use it through "
+            "fewstep.load_student"
+        )
+    if count > 2:
+        i, j = count // 2, count - 1
+        at_i, at_j = (1 / (1 - float(levels[k])) for k in (i, j))
+        a = (at_i - at_j) / (1 / i - 1 / j)
+        b = (at_j - a / j) * j
+        # Under a shift k, "almost 0" is k / (999 + k); hence b k^2 + 999 (a + b) k = 999 a.
+        half = 999 * (a + b) / 2
+        shift = 999 * a / (half + (half**2 + 999 * a * b) ** 0.5)
+    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic, **end)
+
+
+def curved(levels: Tensor) -> Tensor:
+    """The levels [N] of `curved_scheduler`."""
+    scheduler = curved_scheduler(levels, stochastic=False)
+    scheduler.set_timesteps(len(levels))
+    return scheduler.sigmas[:-1]

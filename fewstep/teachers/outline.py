@@ -23,8 +23,8 @@ from fewstep.types import Condition
 OF_FILES = frozenset({"source", "config", "revision", "dtype", "variant"})
 """Options of how a pipeline's files are read; the others are its family's."""
 CLIP_TOKENS = 77
-VAE_SCALE = 8
-"""Pixels per latent, of every published teacher."""
+VAE_SCALE, VAE_FRAMES = 8, 4
+"""Pixels and frames per latent, of every published teacher; frames of any."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,11 @@ def outline(name_or_path: str, **options: Any) -> Teacher:
     )
 
 
-def resolution_of(name_or_path: str, shape: Sequence[int], **options: Any) -> int:
-    """Pixels of a side of this teacher's samples of `shape`."""
-    return shape[-1] * _source(name_or_path, options).vae_scale
+def size_of(name_or_path: str, shape: Sequence[int], **options: Any) -> tuple[int, ...]:
+    """(height, width) in pixels of this teacher's samples of `shape`, or (frames, height, width)."""
+    scale = _source(name_or_path, options).vae_scale
+    frames = [1 + (count - 1) * VAE_FRAMES for count in shape[1:-2]]
+    return (*frames, shape[-2] * scale, shape[-1] * scale)
 
 
 class _Zeros:
@@ -114,7 +116,8 @@ def _of_folder(folder: Path) -> Source:
     network, scheduler = _json(folder / part / "config.json"), _json(folder / "scheduler" / "scheduler_config.json")
     vae, tokenizer = _json(folder / "vae" / "config.json"), _json(folder / "tokenizer" / "tokenizer_config.json")
     tokens = min(tokenizer.get("model_max_length", CLIP_TOKENS), 1024)
-    return Source(family, network, scheduler, tokens, 2 ** (len(vae["block_out_channels"]) - 1))
+    stages = vae["dim_mult" if "dim_mult" in vae else "block_out_channels"]
+    return Source(family, network, scheduler, tokens, 2 ** (len(stages) - 1))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -143,5 +146,7 @@ def _pipe(source: Source, network: nn.Module) -> Any:
         scheduler=scheduler,
         vae=nn.Module(),  # it is off the device in training
         vae_scale_factor=source.vae_scale,
-        config=SimpleNamespace(force_zeros_for_empty_prompt=True),
+        vae_scale_factor_spatial=source.vae_scale,
+        vae_scale_factor_temporal=VAE_FRAMES,
+        config=SimpleNamespace(force_zeros_for_empty_prompt=True, boundary_ratio=None, expand_timesteps=False),
     )

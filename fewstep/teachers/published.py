@@ -103,6 +103,12 @@ SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,  # its makers' for 480p; 5 for 720p
+}
 
 PUBLISHED = (
     Published(
@@ -190,6 +196,28 @@ PUBLISHED = (
         11901,
         SHIFTED_BY_SIZE,
         restrictions=("non-commercial", "gated"),
+    ),
+    Published(
+        "wan2.1-1.3b",
+        "Wan 2.1 text to video, 1.3 billion, 81 frames of 480x832, flow",
+        "WanPipeline",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "0fad780a534b6463e45facd96134c9f345acfa5b",
+        "Apache-2.0",
+        1419,
+        UNIPC,
+        tokens=512,
+    ),
+    Published(
+        "wan2.1-14b",
+        "Wan 2.1 text to video, 14 billion, 81 frames of 480x832, flow",
+        "WanPipeline",
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "38ec498cb3208fb688890f8cc7e94ede2cbd7f68",
+        "Apache-2.0",
+        14288,
+        UNIPC,
+        tokens=512,
     ),
 )
 

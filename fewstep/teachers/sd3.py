@@ -28,7 +28,7 @@ class SD3(Backbone):
         count = len(self.module.transformer_blocks)  # type: ignore[arg-type]
         return tuple(f"transformer_blocks.{i}" for i in sorted({count // 2, 3 * count // 4, count - 1}))
 
-    def feature(self, output: Any) -> Tensor:
+    def feature(self, output: Any, x: Tensor) -> Tensor:
         """The picture's tokens: a block returns the text's first."""
         return output[1] if isinstance(output, tuple) else output
 

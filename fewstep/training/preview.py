@@ -43,7 +43,7 @@ class Preview:
         maker = Student(student, self.teacher, self.sampler)
         prompts = grid_prompts(self.teacher.prompts)
         rows = [p for p in prompts for _ in range(self.per_prompt)]
-        count = len(rows) if len(self.teacher.shape) == 3 else 1000
+        count = len(rows) if len(self.teacher.shape) >= 3 else 1000
         total = count * (1 + (self._teacher_panel is None)) + (self.samples if self.teacher.evaluation else 0)
         what = f"iteration {iteration}: images for the preview and its figure"
         with bar(what, total, self.console, lines=True) as done:

@@ -90,3 +90,15 @@ def test_pooled_half_precision_is_summed_in_float32():
     made = Pooled(("x",))({"x": x})
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, x.float().sum(1).flatten(1) / 64)
+
+
+def test_frames_of_a_video_are_judged_apart():
+    """As many stills, [B, T] logits of a head and places frame by frame.  Fails if frames and samples are mixed up."""
+    video = torch.randn(3, 16, 2, 8, 8)
+    head = Head({"x": (16, 2, 8, 8)})
+    logits, pooled = head({"x": video}), Pooled(("x",))({"x": video})
+    assert logits.shape == (3, 2)
+    for frame in range(2):
+        still = {"x": video[:, :, frame]}
+        torch.testing.assert_close(logits[:, frame], head(still)[:, 0])
+        torch.testing.assert_close(pooled[:, frame * 64 : (frame + 1) * 64], Pooled(("x",))(still))

@@ -123,7 +123,7 @@ def test_transformer_methods_can_be_planned():
 
 def test_resolution_scales_what_activations_take():
     small, large = planned("train.batch_size=16"), planned("train.batch_size=16", "teacher.resolution=64")
-    assert (small.resolution, large.resolution) == (32, 64)
+    assert (small.size, large.size) == ((32, 32), (64, 64))
     assert large.bytes("critic")["activations"] > 3 * small.bytes("critic")["activations"]
 
 

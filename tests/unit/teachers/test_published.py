@@ -19,7 +19,15 @@ from fewstep.listing import _teachers
 from fewstep.teachers import TEACHERS
 from fewstep.teachers.pipelines import FAMILIES, load_teacher, pipeline_class
 from fewstep.teachers.published import ARCHITECTURES, PUBLISHED, RESTRICTIONS, Published
-from tests.tiny_pipeline import build, build_flux, build_sd3, build_stable_diffusion, build_stable_diffusion_xl
+from fewstep.teachers.wan import filmstrip
+from tests.tiny_pipeline import (
+    build,
+    build_flux,
+    build_sd3,
+    build_stable_diffusion,
+    build_stable_diffusion_xl,
+    build_wan,
+)
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -30,15 +38,18 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "sd35-large": 8_056_627_520,
     "flux-dev": 11_901_408_320,
+    "wan2.1-1.3b": 1_418_996_800,
+    "wan2.1-14b": 14_288_491_584,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]; with the
-table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them, and Flux's "12
-billion"."""
+table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them, Flux's "12 billion",
+Wan's 1.4 and 14."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
     "StableDiffusion3Pipeline": build_sd3,
     "FluxPipeline": build_flux,
+    "WanPipeline": build_wan,
 }
 METHODS = {
     "dmd2": {"num_steps": 2, "guidance": 2.0},
@@ -153,12 +164,21 @@ def test_memory_savers_are_in_the_recipe_of_the_largest():
     assert (train.sharing, train.precision, train.gradient_checkpointing) == ("lora", "bf16", True)
 
 
+SIZES = {
+    "sd15": {},
+    "sdxl": {"resolution": 24},
+    "sd3-medium": {"resolution": 24},
+    "flux-dev": {"resolution": 24},
+    "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["copies", "lora", "lora-fake"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3-medium", "flux-dev"])
+@pytest.mark.parametrize("name", SIZES)
 def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
-    """Three iterations, samples, export; and diffusers makes the same pictures of the exported folder.
+    """Three iterations, samples, export; and diffusers makes the same pictures or frames of the exported folder.
 
     At sd15's own size, and at another of the others.
     """
@@ -167,8 +187,7 @@ def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
     published = TEACHERS.get(name)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a bag\na coat\n")
-    size = {} if name == "sd15" else {"resolution": 24}
-    teacher = load_teacher(name, source=str(tiny(published.pipeline)), **size)
+    teacher = load_teacher(name, source=str(tiny(published.pipeline)), **SIZES[name])
     rates = {"lr": 1e-2, "warmup": 0}
     train = {
         "device": "cpu", "precision": "fp32", "sharing": sharing, "accumulate": 1, "ema": 0.0,
@@ -182,6 +201,7 @@ def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
     folder = export_run(run.out, tmp_path / "student")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     names = {"folder": folder, "prompt": "a coat", "seed": 7}
-    exec(code.replace(").images[0]", ", output_type='pt').images[0]"), names)
-    assert (2 * names["image"] - 1 - ours[0]).abs().max() < 1e-4
+    exec(re.sub(r"\)\.(images|frames)\[0\]", r", output_type='pt').\1[0]", code), names)
+    theirs = names["image"] if "image" in names else filmstrip(names["video"].transpose(0, 1)[None])[0]
+    assert (2 * theirs - 1 - ours[0]).abs().max() < 1e-4
     assert ours.std() > 0.05
