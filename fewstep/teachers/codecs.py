@@ -135,7 +135,7 @@ class VAECodec:
         _, height, width = self.image_shape(tuple(x.shape[1:]))
         # One float32 map of 256 channels is a kilobyte per pixel: some pictures at a time.
         parts = x.split(max(1, PIXELS // (height * width)))
-        with self._returning():
+        with returning(self._vae):
             return torch.cat([self.render(part).clamp(-1, 1) for part in parts])
 
     def render(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class VAECodec:
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> the mean latents [B, C', H', W'] float32."""
         parts = images.split(max(1, PIXELS // (images.shape[-2] * images.shape[-1])))
-        with self._returning():
+        with returning(self._vae):
             vae = self._vae.to(images.device)
             means = torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in parts])
         return (means.float() - self._shift) * vae.config.scaling_factor
@@ -165,10 +165,12 @@ class VAECodec:
         scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
         return self._vae.config.in_channels, shape[1] * scale, shape[2] * scale
 
-    @contextmanager
-    def _returning(self) -> Iterator[None]:
-        home = self._vae.device
-        try:
-            yield
-        finally:
-            self._vae.to(home)
+
+@contextmanager
+def returning(vae: Any) -> Iterator[None]:
+    """After it the VAE is where it was before."""
+    home = vae.device
+    try:
+        yield
+    finally:
+        vae.to(home)

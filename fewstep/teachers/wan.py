@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.diffusion import RectifiedFlow
 from fewstep.models.denoiser import Backbone, Denoiser
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
-from fewstep.teachers.codecs import PipelineEncoder
+from fewstep.teachers.codecs import PipelineEncoder, returning
 from fewstep.teachers.flow import curved, curved_scheduler, times
 from fewstep.teachers.pipelines import FAMILIES
 from fewstep.types import Condition
@@ -76,7 +76,8 @@ class FilmCodec:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, C, T, H, W] -> filmstrips [B, 3, H', n W'] in [-1, 1], decoded one at a time."""
-        return torch.cat([self.render(video) for video in x.split(1)])
+        with returning(self._vae):
+            return torch.cat([self.render(video) for video in x.split(1)])
 
     def render(self, x: Tensor) -> Tensor:
         """`decode` with a gradient for x, all at once."""
@@ -95,8 +96,10 @@ class FilmCodec:
                 f"a picture is no video of {self._frames} frames and cannot be encoded; leave out what needs it "
                 "(--data, method.black_filter), or distil stills, by --set teacher.frames=1"
             )
-        vae = self._vae.to(images.device)
-        latents = vae.encode(images[:, :, None].to(vae.dtype)).latent_dist.mode().float()
+        with returning(self._vae):
+            vae = self._vae.to(images.device)
+            stills = images[:, :, None].to(vae.dtype).split(1)
+            latents = torch.cat([vae.encode(still).latent_dist.mode() for still in stills]).float()
         mean, std = self._moments(latents)
         return (latents - mean) / std
 
