@@ -32,7 +32,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, network_time: Tensor, cond: Condition) -> Tensor:
-        """The raw output, x's shape.  x: [B, C, H, W] in the network's dtype."""
+        """The raw output, x's shape.  x: [B, C, H, W], or [B, C, T, H, W] of videos, in the network's dtype."""
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class Denoiser(Player):
         self.predicts: Kind = predicts
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[str] = ()) -> Prediction:
-        """Predict from the noisy x_t [B, C, H, W] at t [B] float32 in [0, 1], 0 = data.
+        """Predict from the noisy x_t [B, C, ..., H, W] at t [B] float32 in [0, 1], 0 = data.
 
         taps: module names inside the network whose outputs are returned in `Prediction.taps`.
         """

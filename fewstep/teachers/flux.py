@@ -50,7 +50,7 @@ class Flux(Backbone):
         count = len(names)
         return tuple(names[i] for i in sorted({count // 2, 3 * count // 4, count - 1}))
 
-    def feature(self, output: Any) -> Tensor:
+    def feature(self, output: Any, x: Tensor) -> Tensor:
         """The picture's tokens: a block returns the text's first."""
         return output[1] if isinstance(output, tuple) else output
 
