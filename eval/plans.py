@@ -12,7 +12,7 @@ import time
 from fewstep.config import resolve
 from fewstep.planning.plan import GIB, Plan, plan
 
-TEACHERS = ("sd15", "sd21", "sdxl")
+TEACHERS = ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-large", "flux-dev", "wan2.1-1.3b")
 SHARINGS = ("copies", "lora-fake", "lora")
 COLUMNS = (
     *("teacher", "weights", "parameters that train", "weights GiB", "gradients", "optimiser", "activations at most"),
