@@ -359,8 +359,8 @@ MUTANTS = (
         "sid-gan",
         "logits are means over places, one per channel",
         "fewstep/models/discriminator.py",
-        ".mean(1).flatten(1)",
-        ".flatten(2).mean(2)",
+        ".mean(1) for x in maps]",
+        ".flatten(2).mean(2) for x in maps]",
         (
             f"{DISCRIMINATOR}::test_pooled_logits_are_means_over_channels_at_every_place",
             f"{SID}::test_the_critics_gan_loss_by_hand",
@@ -371,8 +371,8 @@ MUTANTS = (
         "sid-gan",
         "the mean is taken in the features' own precision",
         "fewstep/models/discriminator.py",
-        "[x.to(torch.promote_types(x.dtype, torch.float32)).mean(1).flatten(1) for x in maps]",
-        "[x.mean(1).flatten(1).float() for x in maps]",
+        "[x.to(torch.promote_types(x.dtype, torch.float32)).mean(1) for x in maps]",
+        "[x.mean(1).float() for x in maps]",
         (f"{DISCRIMINATOR}::test_pooled_half_precision_is_summed_in_float32",),
     ),
 )
