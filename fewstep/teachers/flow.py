@@ -67,7 +67,7 @@ def curved_scheduler(levels: Tensor, stochastic: bool) -> Any:
     if abs(float(levels[0]) - 1) > 1e-6:
         raise ValueError(
             f"this pipeline begins at time 1, and the student at {float(levels[0]):g}; use it through "
-            "fewstep.load_student"
+            "fewstep.load_student, or distil with method.first_time=1, or SiD's method.init_sigma=null"
         )
     if count > 2:
         i, j = count // 2, count - 1

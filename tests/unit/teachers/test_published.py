@@ -164,6 +164,8 @@ def test_memory_savers_are_in_the_recipe_of_the_largest():
     assert (train.sharing, train.precision, train.gradient_checkpointing) == ("lora", "bf16", True)
 
 
+FROM_NOISE = {("wan2.1-1.3b", "sid"): {"init_sigma": None}}
+"""Its pipeline begins with pure noise."""
 SIZES = {
     "sd15": {},
     "sdxl": {"resolution": 24},
@@ -195,7 +197,7 @@ def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
     }  # fmt: skip
     run = fewstep.distill(
         teacher, method, iterations=3, batch_size=2, prompts=str(prompts), out=tmp_path / "run", train=train,
-        **METHODS[method],
+        **METHODS[method] | FROM_NOISE.get((name, method), {}),
     )  # fmt: skip
     ours = run.student.sample(1, ["a coat"], 7)
     folder = export_run(run.out, tmp_path / "student")
