@@ -145,7 +145,7 @@ def pairs(
     negative_prompt: flags.NegativePrompt = None,
     seed: Annotated[int, typer.Option(help="Pair i is of the noise numbered seed + i.")] = 2_000_000,
     device: flags.Device = "auto",
-    batch_size: flags.BatchSize = 250,
+    batch_size: flags.BatchSize = None,
     plugin: flags.Plugin = None,
 ) -> None:
     """Sample pairs of noise and teacher's ODE once, for methods that regress on them; a stopped build goes on."""
@@ -176,7 +176,7 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="PNG to write; by default RUN/samples.png.")] = None,
     which: flags.Which = "best",
     device: flags.Device = "auto",
-    batch_size: flags.BatchSize = 250,
+    batch_size: flags.BatchSize = None,
     plugin: flags.Plugin = None,
 ) -> None:
     """Make images with the student of a run and write them as one PNG."""
@@ -205,7 +205,7 @@ def evaluate(
     recompute_teacher: flags.RecomputeTeacher = False,
     untrained: flags.Untrained = True,
     device: flags.Device = "auto",
-    batch_size: flags.BatchSize = 250,
+    batch_size: flags.BatchSize = None,
     plugin: flags.Plugin = None,
 ) -> None:
     """Measure teacher, untrained student and student; write eval.md, eval.csv and eval.json into the run folder."""

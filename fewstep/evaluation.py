@@ -53,7 +53,7 @@ def evaluate_run(
     recompute_teacher: bool = False,
     untrained: bool = True,
     device: str = "auto",
-    batch_size: int = 250,
+    batch_size: int | None = None,
     console: Console | None = None,
 ) -> str:
     """Measure and write eval.md, eval.csv and eval.json into the run folder.  Returns the markdown table.
@@ -61,7 +61,7 @@ def evaluate_run(
     Rows: the teacher (its stored figures unless `recompute_teacher`), the student before training (unless told not to,
     which saves half of the time), the student, each at the student's own step count.  seeds: sets of n samples,
     numbered on from each other; more than one gives means and deviations.  device, batch_size: where images are made,
-    and how many at a time.
+    and how many at a time, by default by their size.
     Raises ValueError if this teacher has no way to be judged.
     """
     console = console or Console(stderr=True)

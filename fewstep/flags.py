@@ -65,7 +65,12 @@ Plugin = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is cuda if there is one.")]
-BatchSize = Annotated[int, typer.Option(help="Images made at a time; what an image is made of does not depend on it.")]
+BatchSize = Annotated[
+    Number,
+    typer.Option(
+        help="Images made at a time, by default by their size; what an image is made of does not depend on it."
+    ),
+]
 Which = Annotated[str, typer.Option(help="Checkpoint: best (by the running figure) or last.")]
 RecomputeTeacher = Annotated[
     bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")

@@ -7,6 +7,7 @@ picture can be made again by its number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -23,6 +24,10 @@ from fewstep.types import Condition
 
 Advance = Callable[[int], None]
 """Called with the number of images finished since the last call."""
+
+
+LATENTS = 2**16
+"""Numbers in a batch of samples by default: one picture of SDXL, four of Stable Diffusion."""
 
 
 class NotFinite(ValueError):
@@ -49,13 +54,14 @@ class Student:
         seed: int = 0,
         num_steps: int | None = None,
         *,
-        batch_size: int = 250,
+        batch_size: int | None = None,
         progress: Advance | None = None,
     ) -> Tensor:
         """n images [n, C, H, W] float32 in [-1, 1], on the CPU.
 
-        prompts: image i gets prompts[i % len]; the teacher's own by default.  Raises ValueError for n, num_steps or
-        batch_size < 1, NotFinite for samples that are not finite.
+        prompts: image i gets prompts[i % len]; the teacher's own by default.  batch_size: made at a time, by default
+        what `at_a_time` says.
+        Raises ValueError for n, num_steps or batch_size < 1, NotFinite for samples that are not finite.
         """
         check_count("num_steps", self.sampler.num_steps if num_steps is None else num_steps)
         schedule, stochastic = self.denoiser.schedule, self.sampler.stochastic
@@ -87,12 +93,12 @@ def sample_teacher(
     *,
     num_steps: int = 50,
     guidance: float | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     progress: Advance | None = None,
 ) -> Tensor:
     """n images of the teacher, as its pipeline makes them: [n, C, H, W] float32 in [-1, 1], on the CPU.
 
-    guidance: classifier-free guidance scale, the teacher's own by default.
+    guidance: classifier-free guidance scale, the teacher's own by default.  batch_size: as in `Student.sample`.
     """
     check_count("num_steps", num_steps)
     grid, scale = teacher.grid(num_steps), teacher.guidance if guidance is None else guidance
@@ -107,6 +113,11 @@ def sample_teacher(
 def numbered_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normals [len(generators), *shape] float32, row i from generator i."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def at_a_time(shape: Sequence[int]) -> int:
+    """How many samples of this shape are made at a time by default."""
+    return max(1, min(250, LATENTS // math.prod(shape)))
 
 
 def cycled(prompts: Sequence[str], start: int, stop: int) -> list[str]:
@@ -128,10 +139,11 @@ def _batched(
     n: int,
     prompts: Sequence[str] | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     progress: Advance | None,
 ) -> Tensor:
     check_count("n", n)
+    batch_size = at_a_time(teacher.shape) if batch_size is None else batch_size
     check_count("batch_size", batch_size)
     prompts = teacher.prompts if prompts is None else prompts
     if isinstance(prompts, str) or not prompts:  # a string is a sequence too: of its letters

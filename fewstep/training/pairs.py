@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion import ode
-from fewstep.sampling import Advance, check_count, cycled, numbered_noise
+from fewstep.sampling import Advance, at_a_time, check_count, cycled, numbered_noise
 from fewstep.teachers.base import Teacher
 from fewstep.training.checkpoint import fingerprint, write_text
 from fewstep.training.embeddings import StoredConditions
@@ -66,13 +66,14 @@ def make_pairs(
     prompts: Sequence[str] | None = None,
     negative_prompt: str | None = None,
     seed: int = FIRST_SEED,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     progress: Advance = lambda count: None,
 ) -> PairsCard:
     """Sample n pairs of the teacher's deterministic ODE into the folder `out`; go on where an earlier call stopped.
 
     guidance: the teacher's own by default; distil with the same.  prompts: the teacher's own by default.  More pairs
-    of the same settings extend a folder.  progress: called with the number of pairs made, or found there.
+    of the same settings extend a folder.  batch_size: sampled at a time, by default by their size.
+    progress: called with the number of pairs made, or found there.
     Raises ValueError if the folder holds pairs of other settings, or other things.
     """
     check_request(out, n, num_steps, batch_size)
@@ -106,9 +107,9 @@ def make_pairs(
     return card
 
 
-def check_request(out: str | Path, n: int, num_steps: int, batch_size: int) -> None:
+def check_request(out: str | Path, n: int, num_steps: int, batch_size: int | None) -> None:
     """What of `make_pairs` can be wrong before a teacher is loaded.  Raises ValueError."""
-    for name, value in (("n", n), ("num_steps", num_steps), ("batch_size", batch_size)):
+    for name, value in (("n", n), ("num_steps", num_steps), ("batch_size", 1 if batch_size is None else batch_size)):
         check_count(name, value)
     out = Path(out)
     if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -187,11 +188,12 @@ def _open(out: Path, card: PairsCard, prompts: Sequence[str]) -> PairsCard:
 
 @torch.no_grad()
 def _made(
-    teacher: Teacher, card: PairsCard, prompts: list[str], start: int, batch_size: int, progress: Advance
+    teacher: Teacher, card: PairsCard, prompts: list[str], start: int, batch_size: int | None, progress: Advance
 ) -> Tensor:
     """The samples of pairs start, start + 1, ... under these prompts, fp16."""
     denoiser, grid, parts = teacher.denoiser, teacher.grid(card.num_steps), []
     device = next((p.device for p in [*denoiser.parameters(), *denoiser.buffers()]), torch.device("cpu"))
+    batch_size = at_a_time(teacher.shape) if batch_size is None else batch_size
     for first in range(0, len(prompts), batch_size):
         some = prompts[first : first + batch_size]
         rows = range(start + first, start + first + len(some))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,19 +22,24 @@ PREVIEW_SEED = 1_000_003
 """Seed of preview and running figure; final evaluations use others, so the best checkpoint is not chosen on them."""
 
 
+LATENTS = 2**20
+"""Numbers that a grid's samples have at the most, but for two that there always are: 16 of SDXL."""
+
+
 @dataclass
 class Preview:
     """The trainer's monitor.
 
     samples: images behind the running figure, which is labelled with their number ("fmd@1000") because a Frechet
-    distance from so few samples is higher than the final one.  per_prompt: images of each prompt in the grid.
+    distance from so few samples is higher than the final one.
+
+    The grid has four images of each of up to ten prompts, fewer of large ones: the teacher makes each in 50 steps.
     """
 
     teacher: Teacher
     out: Path
     sampler: StudentSampler
     samples: int = 1000
-    per_prompt: int = 4
     teacher_steps: int = 50
     console: Console | None = None
     _teacher_panel: Tensor | None = field(default=None, repr=False)
@@ -41,8 +47,8 @@ class Preview:
     def evaluate(self, student: Denoiser, iteration: int) -> dict[str, float]:
         """Write <out>/previews/<iteration>.png and give the running figures; "rank" orders checkpoints."""
         maker = Student(student, self.teacher, self.sampler)
-        prompts = grid_prompts(self.teacher.prompts)
-        rows = [p for p in prompts for _ in range(self.per_prompt)]
+        prompts, per_prompt = self._grid()
+        rows = [p for p in prompts for _ in range(per_prompt)]
         count = len(rows) if len(self.teacher.shape) >= 3 else 1000
         total = count * (1 + (self._teacher_panel is None)) + (self.samples if self.teacher.evaluation else 0)
         what = f"iteration {iteration}: images for the preview and its figure"
@@ -56,14 +62,20 @@ class Preview:
                 (f"teacher, {self.teacher_steps} steps", self._teacher_panel),
                 (f"student, {steps}", maker.sample(count, rows, PREVIEW_SEED, progress=done)),
             ]
-            image = titled_grid(panels, prompts, self.per_prompt)
+            image = titled_grid(panels, prompts, per_prompt)
             pictures.save(image, self.out / "previews" / f"{iteration:08d}.png")
             return self._figures(maker, done)
 
     def prompts(self) -> list[str]:
         """All that it ever encodes."""
         judged = [] if self.teacher.evaluation is None else cycled(self.teacher.prompts, 0, self.samples)
-        return list(dict.fromkeys([*grid_prompts(self.teacher.prompts), *judged]))
+        return list(dict.fromkeys([*self._grid()[0], *judged]))
+
+    def _grid(self) -> tuple[list[str], int]:
+        """The grid's prompts, and how many images of each."""
+        most = LATENTS // math.prod(self.teacher.shape)
+        prompts = grid_prompts(self.teacher.prompts, max(2, min(10, most)))
+        return prompts, max(1, min(4, most // len(prompts)))
 
     def _figures(self, maker: Student, progress: Advance) -> dict[str, float]:
         judge = self.teacher.evaluation

@@ -133,6 +133,19 @@ def test_seeds_give_means_and_deviations_of_disjoint_samples(run):
         evaluate_run(run.out, n=64, seeds=0, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [((4, 8, 8), (10, 4)), ((4, 64, 64), (10, 4)), ((4, 128, 128), (10, 1)), ((16, 128, 128), (4, 1)),
+     ((16, 21, 60, 104), (2, 1))],
+)  # fmt: skip
+def test_previews_of_large_samples_hold_few(run, shape, grid):
+    """The teacher makes each in fifty steps: fails if a preview of Wan would be forty videos."""
+    teacher = replace(run.teacher, shape=shape, prompts=[f"prompt {i}" for i in range(12)], evaluation=None)
+    preview = Preview(teacher, run.out, run.config.objective.sampler)
+    prompts, each = preview._grid()
+    assert (len(prompts), each) == grid and preview.prompts() == prompts
+
+
 def test_final_tables_hold_every_figure_and_the_running_metric_does_not(run):
     """Fails if `full` is used at every evaluation of a training, or never."""
     judge = replace(run.teacher.evaluation, full=lambda x, prompts: {"everything": 1.0})

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from fewstep.diffusion import few_step
 from fewstep.objectives.rollout import StudentSampler
-from fewstep.sampling import NotFinite, Student, cycled, numbered_noise, sample_teacher
+from fewstep.sampling import NotFinite, Student, at_a_time, cycled, numbered_noise, sample_teacher
 from fewstep.teachers import mixture
 from fewstep.types import Condition
 
@@ -32,6 +32,14 @@ MAKERS = {
     "deterministic": lambda t, n, **k: student(t, num_steps=3, stochastic=False).sample(n, **k),
     "teacher": lambda t, n, **k: sample_teacher(t, n, num_steps=3, **k),
 }
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((2,), 250), ((4, 8, 8), 250), ((4, 64, 64), 4), ((4, 128, 128), 1), ((16, 21, 60, 104), 1)]
+)
+def test_large_samples_are_few_at_a_time(shape, count):
+    """Fails if a preview of SDXL would be one batch of 40."""
+    assert at_a_time(shape) == count
 
 
 @pytest.mark.parametrize("maker", MAKERS)
