@@ -41,7 +41,7 @@ def _brought(name: str, teacher: Any, methods: list[str]) -> dict[str, Any]:
         return {"summary": _summary(teacher), "recipes": recipes}
     about = f"{teacher.about} ({teacher.source})"
     told = {"licence": teacher.licence, "parameters": teacher.parameters, "caution": teacher.caution}
-    told |= {"restrictions": teacher.restrictions} if teacher.restrictions else {}
+    told |= {"restrictions": list(teacher.restrictions)} if teacher.restrictions else {}
     return {"summary": about, "recipes": recipes, **told}
 
 

@@ -66,8 +66,8 @@ def test_pickles_are_refused_before_loading(folder, tmp_path, name):
 def test_unknown_pipeline_class_names_the_known_ones(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "teacher"))
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(LookupError, match=r"no pipeline class named 'FluxPipeline'.*Known: CogView4Pipeline"):
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "KolorsPipeline"}))
+    with pytest.raises(LookupError, match=r"no pipeline class named 'KolorsPipeline'.*Known: CogView4Pipeline"):
         from_pipeline(str(copy))
 
 
@@ -113,9 +113,9 @@ def test_weights_are_fetched_under_visible_bars(hub):
 
 
 def test_unknown_family_is_refused_before_its_weights_are_fetched(hub, tmp_path, monkeypatch):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda source, name, **_: str(tmp_path / name))
-    with pytest.raises(LookupError, match="no pipeline class named 'FluxPipeline'"):
+    with pytest.raises(LookupError, match="no pipeline class named 'KolorsPipeline'"):
         load_teacher("some/one")
     assert not hub
 
