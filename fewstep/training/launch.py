@@ -97,8 +97,11 @@ def prepare(
         teacher = teacher.against(config.negative_prompt)
     prompts = given or teacher.prompts
     check_needs(config, teacher, prompts)
+    no_way_out = _cannot_leave(config, teacher)
     accelerator = _accelerator(config.train)
     console = console if accelerator.is_main_process else Console(quiet=True)
+    if no_way_out:
+        console.print(f"this student will have no export: {no_way_out}", highlight=False, markup=False, soft_wrap=True)
     data = load_data(config, teacher, prompts, captions, accelerator, console)  # the encoders have the device alone
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
     trio = build_trio(config, teacher, data, again=start is not None)
@@ -124,6 +127,18 @@ def prepare(
             write_copy(given, out)
         checkpoint.write_text(out / "environment.json", json.dumps(describe(), indent=1))
     return trainer, teacher
+
+
+def _cannot_leave(config: RunConfig, teacher: Teacher) -> str:
+    """Why the teacher's pipeline cannot tell its network this student's times; "" if it can, or is none."""
+    if teacher.few_steps is None:
+        return ""
+    levels = config.objective.sampler.grid(teacher.denoiser.schedule)
+    try:
+        teacher.few_steps.tells(teacher.denoiser.backbone.network_time(levels))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _probe(config: RunConfig, trainer: Trainer) -> None:

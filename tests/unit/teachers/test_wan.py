@@ -5,12 +5,14 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from torch.testing import assert_close
 
+from fewstep.config import resolve
 from fewstep.diffusion import RectifiedFlow, student_grid
 from fewstep.models.discriminator import Head
 from fewstep.sampling import sample_teacher
 from fewstep.teachers.flow import curved, curved_scheduler
 from fewstep.teachers.pipelines import load_teacher
 from fewstep.teachers.wan import filmstrip
+from fewstep.training.launch import _cannot_leave
 from tests.tiny_pipeline import FILM, build_wan
 
 PROMPTS = ["a photo of a bag", "an ankle boot, &lt;b&gt;  black and white "]
@@ -142,6 +144,13 @@ def test_levels_that_are_only_shifted_are_met_exactly():
 def test_student_that_begins_elsewhere_is_refused():
     with pytest.raises(ValueError, match=r"begins at time 1, and the student at 0.8"):
         curved_scheduler(torch.tensor([0.8, 0.5]), False)
+
+
+def test_that_a_student_cannot_be_exported_is_said_before_it_is_trained(teacher):
+    for sets, said in (({}, "begins at time 1, and the student at 0.714"), ({"init_sigma": None}, "")):
+        config = resolve(given={"teacher": {"name": "mixture"}, "method": {"name": "sid", "num_steps": 1, **sets}})
+        found = _cannot_leave(config, teacher)
+        assert said in found and bool(said) == bool(found)
 
 
 def test_stills_and_their_latents_are_each_others(folder):
