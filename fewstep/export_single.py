@@ -79,7 +79,8 @@ def write_single(pipe: Any, to: Path) -> str:
         if isinstance(part, ConfigMixin):
             part.save_config(to / name)
         elif part is not None:  # of transformers: a model's config, a tokenizer or a picture processor as it is
-            (part.config if isinstance(part, torch.nn.Module) else part).save_pretrained(to / name)
+            config: Any = part.config if isinstance(part, torch.nn.Module) else part
+            config.save_pretrained(to / name)
     family = type(pipe).__name__
     return (
         f"from diffusers import {family}\n\n"

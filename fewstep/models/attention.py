@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,7 +32,7 @@ def choose_attention(module: nn.Module, name: Attention) -> None:
             except RuntimeError as error:
                 raise ValueError(f"train.attention = {name!r}: {error}") from error
     elif found and all(type(p) in (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor) for p in processors):
-        made = AttnProcessor2_0() if name == "sdpa" else XFormersAttnProcessor()
+        made: Any = AttnProcessor2_0() if name == "sdpa" else XFormersAttnProcessor()
         for attention in found:
             attention.set_processor(made)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -120,9 +122,9 @@ class UNet2DConditionXL(UNet2DCondition):
 
     def conditions(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """{"text": (L, D), "pooled": (P,)}"""
-        config = self.module.config
+        config: Any = self.module.config
         # Its embedding takes the pooled text beside six numbers of sizes.
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim  # type: ignore[union-attr]
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return super().conditions(tokens) | {"pooled": (pooled,)}
 
     def added(self, x: Tensor, cond: Condition) -> dict[str, Tensor]:
