@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.denoiser import Backbone
+from fewstep.models.denoiser import Backbone, blocks_of, late
 from fewstep.types import Condition
 
 
@@ -23,9 +23,8 @@ class CogView4(Backbone):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Blocks at one half, three quarters and the end: FastGen's 15, 22 and 29 of Wan's 30."""
-        count = len(self.module.transformer_blocks)  # type: ignore[arg-type]
-        return tuple(f"transformer_blocks.{i}" for i in sorted({count // 2, 3 * count // 4, count - 1}))
+        """The `late` blocks."""
+        return late(blocks_of(self.module, "transformer_blocks"))
 
     @property
     def time_embedding(self) -> str:

@@ -87,6 +87,17 @@ class Backbone(nn.Module, ABC):
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
 
+def late(blocks: Sequence[str]) -> tuple[str, ...]:
+    """Of a transformer's blocks by name, those at one half, three quarters and the end: FastGen's 15, 22, 29 of 30."""
+    count = len(blocks)
+    return tuple(blocks[i] for i in sorted({count // 2, 3 * count // 4, count - 1}))
+
+
+def blocks_of(module: nn.Module, *lists: str) -> list[str]:
+    """Names of the blocks in these module lists, one list after the other."""
+    return [f"{name}.{i}" for name in lists for i in range(len(list(module.get_submodule(name).children())))]
+
+
 class Player(nn.Module):
     """A network in a role: what of it trains and is saved."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion import RectifiedFlow
-from fewstep.models.denoiser import Backbone, Denoiser
+from fewstep.models.denoiser import Backbone, Denoiser, blocks_of, late
 from fewstep.models.patches import pack, unpack
 from fewstep.models.perception import vgg_lpips
 from fewstep.teachers.base import Teacher, TeacherCard
@@ -41,14 +41,8 @@ class Flux(Backbone):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Blocks at one half, three quarters and the end, as SD3's, of both kinds one after the other."""
-        names = [
-            f"{kind}.{i}"
-            for kind in ("transformer_blocks", "single_transformer_blocks")
-            for i in range(len(self.module.get_submodule(kind)))  # type: ignore[arg-type]
-        ]
-        count = len(names)
-        return tuple(names[i] for i in sorted({count // 2, 3 * count // 4, count - 1}))
+        """The `late` blocks, of both kinds one after the other."""
+        return late(blocks_of(self.module, "transformer_blocks", "single_transformer_blocks"))
 
     def feature(self, output: Any, x: Tensor) -> Tensor:
         """The picture's tokens: a block returns the text's first."""

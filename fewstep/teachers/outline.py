@@ -16,7 +16,7 @@ from fewstep.registry import nearest
 from fewstep.teachers.base import TEACHERS, Reals, Teacher, TeacherCard
 from fewstep.teachers.fashion import WEIGHTS
 from fewstep.teachers.folders import check_folder, quiet
-from fewstep.teachers.pipelines import DTYPES, FAMILIES
+from fewstep.teachers.pipelines import DTYPES, FAMILIES, check_options
 from fewstep.teachers.published import PUBLISHED, Published
 from fewstep.types import Condition
 
@@ -51,13 +51,11 @@ def outline(name_or_path: str, **options: Any) -> Teacher:
     dtype, source = options.get("dtype", "fp32"), _source(name_or_path, options)
     if dtype not in DTYPES:
         raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
+    more = {name: value for name, value in options.items() if name not in OF_FILES}
+    check_options(source.family, name_or_path, more)
     with quiet(), torch.device("meta"):  # diffusers warns of casts by `to`
         network = _built(source.network).to(DTYPES[dtype]).eval()
-    more = {name: value for name, value in options.items() if name not in OF_FILES}
-    try:
-        made = FAMILIES.get(source.family)(_pipe(source, network), name_or_path, **more)
-    except TypeError as error:
-        raise ValueError(f"teacher {name_or_path!r} with options {options}: {error}") from error
+    made = FAMILIES.get(source.family)(_pipe(source, network), name_or_path, **more)
     return replace(
         made,
         encode=_Zeros(made.denoiser.backbone.conditions(source.tokens)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,9 @@ def from_pipeline(
     options = {name: value for name, value in (given | more).items() if value is not None}
     _effective(source, options)
     local = Path(source).exists()
-    _known(_class_of(source, revision), source, family)
+    found = _class_of(source, revision)
+    _known(found, source, family)
+    check_options(found, source, more)
     if is_single(source):
         folder = unpacked(Path(source), config)
     else:
@@ -108,6 +111,17 @@ def from_pipeline(
         teacher = replace(teacher, encoders=teacher.encode.encoders)
     commit = None if local else _commit(folder)
     return replace(teacher, card=replace(teacher.card, revision=commit), folder=folder, options=options)
+
+
+def check_options(family: str, source: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that this pipeline class does not take."""
+    known = [name for name, p in inspect.signature(FAMILIES.get(family)).parameters.items() if p.kind == p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"teacher.{name}={options[name]!r}: {source!r} is a {family}, which takes no {name}; allowed are "
+                f"{', '.join(known)}"
+            )
 
 
 def resized(shape: tuple[int, ...], resolution: int | None, vae_scale: int, patch: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.diffusion import RectifiedFlow
-from fewstep.models.denoiser import Backbone, Denoiser
+from fewstep.models.denoiser import Backbone, Denoiser, blocks_of, late
 from fewstep.models.perception import vgg_lpips
 from fewstep.teachers.base import Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, VAECodec
@@ -24,9 +24,8 @@ class SD3(Backbone):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Blocks at one half, three quarters and the end: FastGen's 15, 22 and 29 of Wan's 30."""
-        count = len(self.module.transformer_blocks)  # type: ignore[arg-type]
-        return tuple(f"transformer_blocks.{i}" for i in sorted({count // 2, 3 * count // 4, count - 1}))
+        """The `late` blocks."""
+        return late(blocks_of(self.module, "transformer_blocks"))
 
     def feature(self, output: Any, x: Tensor) -> Tensor:
         """The picture's tokens: a block returns the text's first."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion import RectifiedFlow
-from fewstep.models.denoiser import Backbone, Denoiser
+from fewstep.models.denoiser import Backbone, Denoiser, blocks_of, late
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, returning
 from fewstep.teachers.flow import curved, curved_scheduler, times
@@ -28,9 +28,8 @@ class Wan(Backbone):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Blocks at one half, three quarters and the end: FastGen's 15, 22 and 29 of 30."""
-        count = len(self.module.blocks)  # type: ignore[arg-type]
-        return tuple(f"blocks.{i}" for i in sorted({count // 2, 3 * count // 4, count - 1}))
+        """The `late` blocks."""
+        return late(blocks_of(self.module, "blocks"))
 
     def feature(self, output: Any, x: Tensor) -> Tensor:
         """A block's tokens at their places, [B, D, T, h, w]."""

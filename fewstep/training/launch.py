@@ -93,15 +93,13 @@ def prepare(
     start = _open_folder(config, out, resume, overwrite)
     teacher = load if isinstance(load, Teacher) else load()
     check_weights(card, teacher, config.pairs)
-    if config.negative_prompt is not None:
-        teacher = teacher.against(config.negative_prompt)
+    teacher = teacher if config.negative_prompt is None else teacher.against(config.negative_prompt)
     prompts = given or teacher.prompts
     check_needs(config, teacher, prompts)
-    no_way_out = _cannot_leave(config, teacher)
     accelerator = _accelerator(config.train)
     console = console if accelerator.is_main_process else Console(quiet=True)
-    if no_way_out:
-        console.print(f"this student will have no export: {no_way_out}", highlight=False, markup=False, soft_wrap=True)
+    if reason := _cannot_leave(config, teacher):
+        console.print(f"this student will have no export: {reason}", highlight=False, markup=False, soft_wrap=True)
     data = load_data(config, teacher, prompts, captions, accelerator, console)  # the encoders have the device alone
     teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
     trio = build_trio(config, teacher, data, again=start is not None)

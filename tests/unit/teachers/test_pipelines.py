@@ -120,5 +120,15 @@ def test_unknown_family_is_refused_before_its_weights_are_fetched(hub, tmp_path,
     assert not hub
 
 
+def test_option_of_another_family_is_refused_before_its_weights_are_fetched(hub, tmp_path, monkeypatch):
+    """Fails if it is the loaded family that complains, after 28 GB."""
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda source, name, **_: str(tmp_path / name))
+    said = "teacher.resolution=512: 'some/one' is a WanPipeline, which takes no resolution; allowed are height, width"
+    with pytest.raises(ValueError, match=said):
+        load_teacher("some/one", resolution=512)
+    assert not hub
+
+
 def test_local_folder_has_no_revision(teacher):
     assert teacher.card.revision is None
