@@ -51,7 +51,8 @@ class Experts(Denoiser):
         if t.shape != (x_t.shape[0],):  # before it is compared with the bounds
             raise ValueError(f"t must be [B] = [{x_t.shape[0]}], got {list(t.shape)}; expand a scalar time yourself")
         owner = torch.stack([t <= bound for bound in self.bounds]).sum(0) if self.bounds else torch.zeros_like(t).long()
-        called = owner.unique().tolist()
+        # Without numbers nobody knows whose times they are; the experts are of one size, and one of them trains.
+        called = [self.active.index] if t.is_meta else owner.unique().tolist()
         if len(called) == 1:
             return self.expert(called[0])(x_t, t, cond, taps=taps)
         if taps:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import Interval, Law, RectifiedFlow, guided
+from fewstep.diffusion import Interval, Law, NoiseSchedule, RectifiedFlow, guided
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.experts import Experts
 from fewstep.models.trio import Trio
@@ -110,7 +110,7 @@ class PhasedDMD:
         reached = self.rollout(trio, batch, rng)
         schedule = trio.real_score.schedule
         with torch.no_grad():
-            t = self.law(reached.s, self.min_index, self.max_index).sample(rng, "matching.t", reached.x0.device)
+            t = self.law(schedule, self.min_index, self.max_index).sample(rng, "matching.t", reached.x0.device)
             x_t = self.renoised(trio, reached, rng.randn_like(reached.x0, "matching.eps"), t)
             real = guided(trio.real_score, self.guidance)(x_t, t, batch.cond).x0
             fake = trio.critic()(x_t, t, batch.cond).x0
@@ -126,10 +126,11 @@ class PhasedDMD:
         """Keep the fake score on the distribution of the student's states."""
         with torch.no_grad():
             state, _, s = self.rollout(trio, batch, rng)
+        law = self.law(trio.critic().schedule, 0, 999)
         if s is None:
-            return fit_fake_score(trio, state, batch.cond, self.law(None, 0, 999), rng)
+            return fit_fake_score(trio, state, batch.cond, law, rng)
         with torch.no_grad():
-            t = self.law(s, 0, 999).sample(rng, "critic.t", state.device)
+            t = law.sample(rng, "critic.t", state.device)
             eps = rng.randn_like(state, "critic.eps")
             x_t = trio.critic().schedule.renoise(state, eps, s, t)
         loss = interval_denoising(trio.critic()(x_t, t, batch.cond), state, eps, s, cap=self.cap)
@@ -168,10 +169,10 @@ class PhasedDMD:
             return schedule.add_noise(reached.state, eps, t)
         return schedule.renoise(reached.state, eps, reached.s, t)
 
-    def law(self, s: Tensor | None, low: int, high: int) -> Law:
-        """Where states are re-noised to: DMD2's law, squeezed into [s, 1]."""
-        law = index_law(low, high, self.shift)
-        return law if s is None else Interval(law, low=float(s[0]))
+    def law(self, schedule: NoiseSchedule, low: int, high: int) -> Law:
+        """Where this phase's states are re-noised to: DMD2's law, in all but the last squeezed into [s, 1]."""
+        law, grid, end = index_law(low, high, self.shift), self.sampler.grid(schedule), self.ends[self.phase]
+        return law if end == len(grid) else Interval(law, low=float(grid[end]))
 
 
 def experts_of(trio: Trio) -> Experts:
