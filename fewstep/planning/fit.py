@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.config import RunConfig
+from fewstep.models.trio import Sharing
 from fewstep.planning.plan import GIB, Plan, plan
 from fewstep.teachers.base import TEACHERS
 from fewstep.teachers.fashion import WEIGHTS
+
+VOID_WITH_ADAPTERS = ("--sharing", "--set train.offload_teacher")
+"""How flags begin that another sharing takes the place of."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,15 @@ def fits(made: Plan, gpu_memory: float) -> bool:
 def remedies(made: Plan) -> Iterator[Remedy]:
     """What can be done about memory, each with all before it: from what costs least to what changes the student.
 
-    Checkpointing, one sample at a time, bf16, an adapted fake score, an adapted student, three quarters and half of a
-    picture's resolution.
+    Checkpointing, one sample at a time, bf16, moments of 8 bits, a teacher that visits the GPU, an adapted fake score,
+    an adapted student, three quarters and half of a picture's resolution.
     """
     flags: tuple[str, ...] = ()
     config = made.config
     for flag, change in _steps(made):
         if (changed := change(config)) != config:
-            flags, config = (
-                (*(f for f in flags if f.split()[0] != "--sharing" or "--sharing" not in flag), flag),
-                changed,
-            )
+            void = VOID_WITH_ADAPTERS if flag.startswith("--sharing") else ()
+            flags, config = (*(f for f in flags if not f.startswith(void)), flag), changed
             yield Remedy(flags, config)
     side = made.size[-1]
     for share in (0.75, 0.5) if _loads(config.teacher) and len(made.size) == 2 else ():
@@ -58,9 +60,12 @@ def _steps(made: Plan) -> list[tuple[str, Callable[[RunConfig], RunConfig]]]:
         dtype = {"dtype": "bf16"}
         steps.append(("--set teacher.dtype=bf16", lambda c: replace(c, teacher_options={**c.teacher_options, **dtype})))
     steps.append(("--precision bf16", lambda c: c if c.train.precision == "fp16" else _train(c, precision="bf16")))
+    players = ("generator", "critic") if "fake_score" in made.config.objective.roles else ("generator",)
+    steps.append((" ".join(f"--set train.{player}.kind=adamw8bit" for player in players), lambda c: _8bit(c, players)))
+    steps.append(("--set train.offload_teacher=true", lambda c: _train(c, offload_teacher=True) if _full(c) else c))
     if "fake_score" in made.config.objective.roles:
-        steps.append(("--sharing lora-fake", lambda c: _train(c, sharing="lora-fake") if _full(c) else c))
-    steps.append(("--sharing lora", lambda c: _train(c, sharing="lora")))
+        steps.append(("--sharing lora-fake", lambda c: _shared(c, "lora-fake") if _full(c) else c))
+    steps.append(("--sharing lora", lambda c: _shared(c, "lora")))
     return steps
 
 
@@ -88,6 +93,15 @@ def verdict(made: Plan, gpu_memory: float | None) -> str:
 
 def _train(config: RunConfig, **changes: Any) -> RunConfig:
     return replace(config, train=replace(config.train, **changes))
+
+
+def _8bit(config: RunConfig, players: Sequence[str]) -> RunConfig:
+    kinds = {player: replace(getattr(config.train, player), kind="adamw8bit") for player in players}
+    return _train(config, **kinds)
+
+
+def _shared(config: RunConfig, sharing: Sharing) -> RunConfig:
+    return _train(config, sharing=sharing, offload_teacher=False)
 
 
 def _full(config: RunConfig) -> bool:

@@ -150,7 +150,9 @@ def test_remedies_are_cumulative_and_end_in_adapters_and_pixels():
     flags = [remedy.flags for remedy in remedies(made)]
     assert flags[0] == ("--gradient-checkpointing",)
     assert flags[1] == ("--gradient-checkpointing", "--set train.accumulate=8")
-    assert flags[-1][-1] == "--sharing lora" and "--sharing lora-fake" not in flags[-1]
+    eight, away = "--set train.generator.kind=adamw8bit --set train.critic.kind=adamw8bit", "train.offload_teacher=true"
+    assert flags[3][-1] == eight and flags[4][-1] == f"--set {away}"
+    assert flags[-1][-2:] == (eight, "--sharing lora") and not any(away in flag for flag in flags[-1])
     for remedy in remedies(made):
         assert remedy.config != made.config
 
