@@ -20,7 +20,7 @@ from fewstep.teachers.pipelines import DTYPES, FAMILIES, check_options
 from fewstep.teachers.published import PUBLISHED, Published
 from fewstep.types import Condition
 
-OF_FILES = frozenset({"source", "config", "revision", "dtype", "variant"})
+OF_FILES = frozenset({"source", "config", "revision", "dtype", "variant", "tiling"})
 """Options of how a pipeline's files are read; the others are its family's."""
 CLIP_TOKENS = 77
 VAE_SCALE, VAE_FRAMES = 8, 4

@@ -76,21 +76,23 @@ def from_pipeline(
     variant: str | None = None,
     family: str | None = None,
     config: str | None = None,
+    tiling: bool = False,
     **more: Any,
 ) -> Teacher:
     """Load a diffusers pipeline folder or hub id, or one file, and hand it to its family.
 
     revision: the hub's branch, tag or commit.  dtype: fp32, bf16 or fp16, of the network and its text encoders; the
     VAE stays float32, in which none overflows.  variant: of the weights' files, as "fp16".  family: the pipeline class
-    that it must have.  config: whose configs go with one file, see `single.unpacked`.  more: what its family takes,
-    such as the resolution in pixels of a side.
+    that it must have.  config: whose configs go with one file, see `single.unpacked`.  tiling: the VAE works on parts
+    of a large picture, one at a time, and blends them: less memory, and not quite the same picture.  more: what its
+    family takes, such as the resolution in pixels of a side.
     Raises ValueError for what cannot be loaded, LookupError for a pipeline class of no known family: before its
     weights are fetched.
     """
     if dtype not in DTYPES:
         raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     given = {"revision": revision, "variant": variant, "dtype": None if dtype == "fp32" else dtype, "config": config}
-    options = {name: value for name, value in (given | more).items() if value is not None}
+    options = {name: value for name, value in (given | {"tiling": tiling or None} | more).items() if value is not None}
     _effective(source, options)
     local = Path(source).exists()
     found = _class_of(source, revision)
@@ -105,6 +107,8 @@ def from_pipeline(
     make = FAMILIES.get(type(pipe).__name__)
     check_weights(pipe, str(folder))
     _check_parts(pipe, source)
+    if tiling:
+        _tile(pipe, source)
     teacher = make(pipe, source, **more)
     if isinstance(teacher.encode, PipelineEncoder):
         teacher.encode.encoders = TextEncoders(pipe, read)
@@ -179,6 +183,16 @@ def _check_parts(pipe: Any, source: str) -> None:
                 f"{source!r} has parts of different models: {what} is {found}, and its UNet takes {wanted}; name a "
                 "pipeline whose parts belong together"
             )
+
+
+def _tile(pipe: Any, source: str) -> None:
+    """Let the VAE work in tiles.  Raises ValueError for one that cannot."""
+    try:
+        pipe.vae.enable_tiling()
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"teacher.tiling=true: the VAE of {source!r}, {type(pipe.vae).__name__}, has no tiles; leave it out"
+        ) from error
 
 
 def _class_of(source: str, revision: str | None) -> str:

@@ -9,6 +9,7 @@ from weakref import ref
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from fewstep.teachers import codecs
 from fewstep.teachers.codecs import PipelineEncoder, TextEncoders, VAECodec
@@ -153,3 +154,32 @@ def test_the_prompts_used_last_are_remembered(monkeypatch):
     for prompt in "abcab":
         encoder([prompt])
     assert asked == ["a", "", "b", "c", "a", "b"]  # three are known: at "c" "a" goes, and the empty one never
+
+
+def test_tiling_decodes_a_large_picture_in_parts(folder):
+    """Fails if the option is dropped: then the decoder sees the whole picture.  A small one has one part."""
+    whole, tiled = load_teacher(str(folder)), load_teacher(str(folder), tiling=True)
+    assert tiled.options == {"tiling": True}
+    seen, x = [], torch.randn(1, *whole.shape)
+    large = torch.randn(1, whole.shape[0], *(2 * side for side in whole.shape[1:]))
+    for part in vae_of(tiled).decoder, vae_of(whole).decoder:
+        part.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[2:])))
+    assert torch.equal(whole.codec.decode(x), tiled.codec.decode(x))
+    seen.clear()
+    assert tiled.codec.decode(large).shape == whole.codec.decode(large).shape
+    *parts, last = seen
+    assert last == large.shape[2:] and len(parts) > 1
+    assert max(parts) == whole.shape[1:]
+
+
+def test_tiling_is_refused_where_the_vae_has_none(folder, monkeypatch):
+    def none(self):
+        raise NotImplementedError  # as diffusers' mixin where a VAE has no `use_tiling`
+
+    monkeypatch.setattr(AutoencoderKL, "enable_tiling", none)
+    with pytest.raises(ValueError, match="AutoencoderKL, has no tiles; leave it out"):
+        load_teacher(str(folder), tiling=True)
+
+
+def vae_of(teacher):
+    return teacher.codec._vae
