@@ -1,4 +1,4 @@
-"""`make demo`: distil the embedded teacher, evaluate the student, draw the grid, print the minutes and the picture.
+"""`make demo`: distil the embedded teacher, evaluate the student, draw the grid and the page, print the minutes.
 
     python -m eval.demo [--out runs/demo] [--samples 10000] [further `fewstep distill` options]
 
@@ -39,7 +39,7 @@ def main() -> int:
     picture = draw(options.out)
     print("\nminutes: " + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items()))
     print(picture)
-    return 0
+    return subprocess.run([sys.executable, "-m", "fewstep.cli", "report", str(options.out)]).returncode
 
 
 def draw(out: Path) -> Path:

@@ -264,6 +264,28 @@ def export(
             output.print(push(path, push_to_hub, private=private), highlight=False, soft_wrap=True)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are shown beside each other.")],
+    to: Annotated[Path | None, typer.Option(help="The file; default: report.html in the first run's folder.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Show it on this machine, and anew while a run goes on.")] = (
+        False
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0: any that is free.")] = 0,
+) -> None:
+    """Write a page of a run: samples over training, curves, figures, and what they say in words."""
+    with border():
+        if serve and to is not None:
+            raise ValueError("--to goes without --serve, which writes no file")
+        if serve:
+            from fewstep.report.serve import serve as run_server
+
+            return run_server(runs, port, say)
+        from fewstep.report.page import write_report
+
+        output.print(str(write_report(runs, to)), highlight=False, soft_wrap=True)
+
+
 @app.command("list")
 def show(
     what: Annotated[

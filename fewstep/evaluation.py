@@ -15,14 +15,12 @@ from torch import Tensor
 
 from fewstep.bar import bar
 from fewstep.environment import describe, device_of
+from fewstep.metrics.names import title
 from fewstep.metrics.suite import over_seeds
 from fewstep.sampling import Student, check_count, cycled, sample_teacher
 from fewstep.students import load_student, untrained_student
 from fewstep.teachers.base import Evaluation
 from fewstep.training.checkpoint import write_text
-
-TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
-"""Names of figures in tables, where they are not the keys themselves."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def evaluate_run(
 def markdown(rows: list[Row]) -> str:
     """The rows as a markdown table, with deviations over seeds where there are; figures that a row lacks are "-"."""
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    head = ["model", "steps", "CFG", "samples", *(TITLES.get(name, name) for name in names)]
+    head = ["model", "steps", "CFG", "samples", *(title(name) for name in names)]
     body = [
         [
             row.model + (" (stored)" if row.stored else ""),

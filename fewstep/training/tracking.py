@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fewstep.advice import advice
 from fewstep.training.checkpoint import write_text
 
 
@@ -40,6 +41,7 @@ class Tracker:
         self._earlier = seconds
         self._progress: Progress | None = None
         self._board: Any = None
+        self._advised: set[str] = set()
         if main:
             self._truncate(start)
         if main and tensorboard:
@@ -91,6 +93,14 @@ class Tracker:
                 self._board.add_scalar(name, value, iteration)
         if images is not None:
             self._show(iteration, row, images)
+
+    def advise(self, train: Mapping[str, Any]) -> None:
+        """Say what the figures so far mean, each kind of thing once.  train: the settings of training."""
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        for name, sentence in advice(rows, train).items():
+            if name not in self._advised:
+                self.say(f"advice: {sentence}")
+                self._advised.add(name)
 
     def say(self, message: str) -> None:
         """One line for the person at the keyboard."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -263,6 +264,7 @@ class Trainer:
         rank = figures.pop("rank", None)
         self.tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
         self.tracker.say(f"iteration {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        self.tracker.advise(asdict(self.config))
         improved = self.progress.is_best(rank)
         if rank is not None and improved:
             self.progress.best = {"iteration": done, "rank": rank}
