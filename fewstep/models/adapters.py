@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.sharding import spread
+
 Module = TypeVar("Module", bound=nn.Module)
 
 ADAPTER = "default"
@@ -119,4 +121,4 @@ def load_own(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         raise ValueError(f"the saved adapter has other layers or ranks than this one: {odd[0]} and {len(odd) - 1} more")
     for name, p in weights.items():
-        p.data.copy_(state[name])
+        p.data.copy_(spread(state[name], p))

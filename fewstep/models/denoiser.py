@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion import NoiseSchedule, Prediction
 from fewstep.models.adapters import OWN, adapted, load_own, merged, own_parts, own_weights
+from fewstep.models.sharding import spread_state
 from fewstep.types import Condition, Kind
 
 
@@ -111,7 +112,7 @@ class Player(nn.Module):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put a `state` back.  Raises RuntimeError (from torch) if names or shapes differ."""
-        self.load_state_dict(dict(state))
+        self.load_state_dict(spread_state(state, self.state_dict()))
 
     def networks(self) -> tuple[nn.Module, ...]:
         """The bare networks in it, for whoever prepares them for a device or a precision."""
@@ -160,7 +161,7 @@ class Denoiser(Player):
         if adapted(self.backbone.module):
             load_own(self.backbone.module, state)
         else:
-            self.backbone.module.load_state_dict(dict(state))
+            self.backbone.module.load_state_dict(spread_state(state, self.backbone.module.state_dict()))
 
     def merged_state(self) -> dict[str, Tensor]:
         """The state of the network that gives the same outputs without adapters: they are added to its weights."""

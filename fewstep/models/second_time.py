@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -72,8 +72,8 @@ class SecondTime(Backbone):
         """The raw output; `cond.extra["until"]` is [B] float32 in [0, 1].  Raises ValueError if it is missing."""
         if UNTIL not in cond.extra:
             raise ValueError("this network is told the time to which it goes; give cond.also(until=[B])")
-        embedded = own_parts(self.module)[UNTIL](cond.extra[UNTIL])
-        with _added(self.module.get_submodule(self.time_embedding), embedded), uncompiled():
+        part, until = own_parts(self.module)[UNTIL], cond.extra[UNTIL]
+        with _added(self.module.get_submodule(self.time_embedding), lambda: part(until)), uncompiled():
             return self.inner(x, network_time, cond)
 
     @property
@@ -108,10 +108,14 @@ class SecondTime(Backbone):
 
 
 @contextmanager
-def _added(embedding: nn.Module, value: Tensor) -> Iterator[None]:
-    """Within it the module's output [B, D] has `value` added, row by row."""
+def _added(embedding: nn.Module, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Within it the module's output [B, D] has what `make` makes added, row by row.
+
+    It is made within the network's forward: what is sharded with a network cannot run before it.
+    """
 
     def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        value = make()
         if output.shape != value.shape:
             raise ValueError(
                 f"a second time needs one call for the whole batch, got {len(output)} of {len(value)} rows in one: "

@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep.models.sharding import spread, whole
+
 log = logging.getLogger("fewstep")
 
 MANIFEST = "manifest.json"
@@ -82,10 +84,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Tells weights apart by at most 256 values of each tensor: enough for any training or re-saving, and cheap."""
+    """Tells weights apart by at most 256 values of each tensor: enough for any training or re-saving, and cheap.
+
+    Every process must ask for that of a sharded network.
+    """
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
-        some = value.detach().flatten()[:: max(1, value.numel() // 256)].cpu().contiguous()
+        some = whole(value).detach().flatten()[:: max(1, value.numel() // 256)].cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -175,8 +180,10 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
     """Put a packed state back.  Raises ValueError (from torch) if the parameter groups differ."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Any] = {}
-    for name, value in {**tensors, **extra.get("rest", {})}.items():
+    mine = {name: spread(value, parameters[int(name.partition(".")[0])]) for name, value in tensors.items()}
+    for name, value in {**mine, **extra.get("rest", {})}.items():
         index, *outer, last = name.split(".")
         entry = state.setdefault(int(index), {})
         for part in outer:

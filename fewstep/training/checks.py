@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -214,11 +213,6 @@ def _no_reals(config: RunConfig, name: str) -> str:
 def check_surroundings(config: TrainConfig) -> None:
     """That this machine and environment can do what is asked."""
     dispatch.check_environment()
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError(
-            "accelerate is configured for FSDP, which this version cannot train with: every process holds all weights. "
-            "Take configs/accelerate/ddp.yaml, and --sharing lora, train.offload_teacher or adamw8bit for less memory"
-        )
     if device_of(config.device).type == "cpu" and config.precision == "fp16":
         raise ValueError("precision 'fp16' needs a CUDA device (its loss scaler has no CPU form); use fp32, or bf16")
     if config.attention == "xformers" and find_spec("xformers") is None:

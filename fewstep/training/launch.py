@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from fewstep.objectives.base import student_of
 from fewstep.rng import Rng, key
 from fewstep.students import load_student
 from fewstep.teachers.base import Teacher
-from fewstep.training import checkpoint
+from fewstep.training import checkpoint, fsdp
 from fewstep.training.checkpoint import CONFIG, PROMPTS
 from fewstep.training.checks import (
     check_brought,
@@ -82,6 +83,9 @@ def prepare(
     """
     console = console or Console(stderr=True)
     check_surroundings(config.train)
+    if fsdp.asked():
+        fsdp.check_launch()
+        fsdp.check_request(config)
     given = given_prompts(config, out, resume)
     captions = captions_of(Path(config.data)) if config.data is not None else None
     card = given_pairs(config)
@@ -101,10 +105,20 @@ def prepare(
     if reason := _cannot_leave(config, teacher):
         console.print(f"this student will have no export: {reason}", highlight=False, markup=False, soft_wrap=True)
     data = load_data(config, teacher, prompts, captions, accelerator, console)  # the encoders have the device alone
-    teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
+    if divided := fsdp.divides(accelerator):  # its parts go to the device, what was loaded stays on the CPU
+        fsdp.check_batch(data.batch((0,)))
+    else:
+        teacher.to(accelerator.device)  # the trio shares its parameters, but each skeleton has buffers of its own
     trio = build_trio(config, teacher, data, again=start is not None)
     showing, samples = teacher.showing(prompts), config.train.evaluate_samples
-    monitor = Preview(showing, out, config.objective.sampler, samples, console=console)
+    monitor = Preview(
+        replace(showing, denoiser=trio.real_score) if divided else showing,
+        out,
+        config.objective.sampler,
+        samples,
+        console=console,
+        writes=accelerator.is_main_process,
+    )
     teacher.release(keep=monitor.prompts())
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console

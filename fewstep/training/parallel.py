@@ -2,7 +2,8 @@
 
 DistributedDataParallel is not used.  It expects one forward and one backward per step and all parameters in each; a
 trio runs the same network under several roles, with and without gradient, before one backward.  The price, not yet
-measured on GPUs, is that communication does not overlap with the backward pass.
+measured on GPUs, is that communication does not overlap with the backward pass.  Sharded networks take the mean of
+theirs within it (see `models.sharding`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 BUCKET = 2**25
 """Elements that travel together: large enough for full bandwidth, small beside the gradients' own memory."""
 
-PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
-"""What of accelerate's kinds of distribution the trainer knows: every process holds all weights."""
+KNOWN = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
+"""What of accelerate's kinds of distribution the trainer knows."""
 
 
 @torch.no_grad()
@@ -26,9 +28,10 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
     """Replace every .grad by its mean over all processes; one that is missing on some processes counts as zero there.
 
     What has none on any stays without, as it would in one process: a zero would decay it and count as a step.
-    parameters: the same ones in the same order on every process.
+    parameters: the same ones in the same order on every process.  Those of sharded networks have their mean already.
     """
-    if accelerator.num_processes == 1:
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if accelerator.num_processes == 1 or not parameters:
         return
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=accelerator.device)
     anywhere = torch.as_tensor(accelerator.reduce(has, "sum")).tolist()
@@ -59,7 +62,7 @@ def failing_together(what: str, accelerator: Accelerator) -> Iterator[None]:
 def prepare(module: nn.Module, accelerator: Accelerator) -> None:
     """Autocast a network, in place, for the run's precision; no wrapper takes its place.
 
-    Raises ValueError if accelerate is configured to shard, wrap or compile networks, or to accumulate by itself.
+    Raises ValueError if accelerate is configured to wrap or compile networks, or to accumulate by itself.
     """
     kind, own = accelerator.distributed_type.value, accelerator.gradient_accumulation_steps
     if own != 1:
@@ -68,10 +71,10 @@ def prepare(module: nn.Module, accelerator: Accelerator) -> None:
             "counts micro-batches of batch_size"
         )
     # evaluation_mode leaves parallel wrappers out.
-    if accelerator.prepare_model(module, evaluation_mode=True) is not module or kind not in PLAIN:
+    if accelerator.prepare_model(module, evaluation_mode=True) is not module or kind not in KNOWN:
         raise ValueError(
             f"accelerate is configured for {kind} or torch.compile, which this version cannot train with; use a plain "
-            "`accelerate config`: several processes and mixed precision work"
+            "`accelerate config`: several processes, FSDP2 and mixed precision work"
         )
 
 

@@ -30,6 +30,7 @@ LATENTS = 2**20
 class Preview:
     """The trainer's monitor.
 
+    writes: whether this process keeps the pictures; several make the same ones where each holds a part of the networks.
     samples: images behind the running figure, which is labelled with their number ("fmd@1000") because a Frechet
     distance from so few samples is higher than the final one.
 
@@ -42,10 +43,14 @@ class Preview:
     samples: int = 1000
     teacher_steps: int = 50
     console: Console | None = None
+    writes: bool = True
     _teacher_panel: Tensor | None = field(default=None, repr=False)
 
     def evaluate(self, student: Denoiser, iteration: int) -> dict[str, float]:
-        """Write <out>/previews/<iteration>.png and give the running figures; "rank" orders checkpoints."""
+        """Write <out>/previews/<iteration>.png and give the running figures; "rank" orders checkpoints.
+
+        Neither where it does not write.
+        """
         maker = Student(student, self.teacher, self.sampler)
         prompts, per_prompt = self._grid()
         rows = [p for p in prompts for _ in range(per_prompt)]
@@ -62,9 +67,12 @@ class Preview:
                 (f"teacher, {self.teacher_steps} steps", self._teacher_panel),
                 (f"student, {steps}", maker.sample(count, rows, PREVIEW_SEED, progress=done)),
             ]
-            image = titled_grid(panels, prompts, per_prompt)
-            pictures.save(image, self.out / "previews" / f"{iteration:08d}.png")
-            return self._figures(maker, done)
+            judged = self._judged(maker, done)
+        if not self.writes:
+            return {}
+        # No network is called from here on: an error of one process would leave the others waiting in theirs.
+        pictures.save(titled_grid(panels, prompts, per_prompt), self.out / "previews" / f"{iteration:08d}.png")
+        return self._figures(judged)
 
     def prompts(self) -> list[str]:
         """All that it ever encodes."""
@@ -77,11 +85,16 @@ class Preview:
         prompts = grid_prompts(self.teacher.prompts, max(2, min(10, most)))
         return prompts, max(1, min(4, most // len(prompts)))
 
-    def _figures(self, maker: Student, progress: Advance) -> dict[str, float]:
+    def _judged(self, maker: Student, progress: Advance) -> Tensor | None:
+        """The images behind the figures, if there are any."""
+        if self.teacher.evaluation is None:
+            return None
+        return maker.sample(self.samples, seed=PREVIEW_SEED + 10_000, progress=progress)
+
+    def _figures(self, images: Tensor | None) -> dict[str, float]:
         judge = self.teacher.evaluation
-        if judge is None:
+        if judge is None or images is None:
             return {}
-        images = maker.sample(self.samples, seed=PREVIEW_SEED + 10_000, progress=progress)
         figures = judge.measure(images, cycled(self.teacher.prompts, 0, self.samples))
         named = {f"{name}@{self.samples}": value for name, value in figures.items()}
         return named | {"rank": figures[judge.metric]}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fewstep.models.sharding import whole
 from fewstep.training import checkpoint
 from fewstep.training.progress import Progress
 
@@ -15,13 +17,18 @@ if TYPE_CHECKING:
 
 
 def capture(trainer: Trainer, unlogged: dict[str, Tensor]) -> checkpoint.Checkpoint:
-    """Everything that a resumed run needs.  unlogged: means of what was collected since the last log line."""
+    """Everything that a resumed run needs.  unlogged: means of what was collected since the last log line.
+
+    Of sharded networks every process must ask; only the main one gets their tensors.
+    """
     tensors: dict[str, dict[str, Tensor]] = {"ema": trainer.ema.denoiser.state(), "unlogged": unlogged}
     extra: dict[str, Any] = {}
     for turn, networks in trainer.players.items():
         tensors |= {role: network.state() for role, network in networks.items()}
         tensors[f"optimizer_{turn}"], extra[turn] = checkpoint.pack_optimizer(trainer.optimizers[turn])
     scaler = trainer.accelerator.scaler
+    if trainer.sharded:
+        tensors = {stem: _gathered(some, trainer.accelerator.is_main_process) for stem, some in tensors.items()}
     return checkpoint.Checkpoint(
         tensors,
         {
@@ -34,6 +41,16 @@ def capture(trainer: Trainer, unlogged: dict[str, Tensor]) -> checkpoint.Checkpo
             "teacher": trainer.teacher_weights,
         },
     )
+
+
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """All of each, one after the other: on the CPU if it is to be kept, gone at once if not."""
+    made = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            made[name] = full.cpu()
+    return made
 
 
 def restore(trainer: Trainer, folder: Path) -> None:

@@ -15,13 +15,14 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fewstep.models import sharding
 from fewstep.models.denoiser import Denoiser, uncompiled
 from fewstep.models.ema import EMA
 from fewstep.models.offload import Offload
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Objective
 from fewstep.rng import Rng, key
-from fewstep.training import checkpoint, parallel
+from fewstep.training import checkpoint, fsdp, parallel
 from fewstep.training.data import PromptData
 from fewstep.training.optim import build_optimizer, learning_rate
 from fewstep.training.options import TrainConfig
@@ -73,6 +74,7 @@ class Trainer:
         self.config, self.trio, self.data = config, trio, data
         self.stages = Stages(objective, config.iterations)
         self.out, self.accelerator, self.monitor = out, accelerator, monitor
+        self.sharded = fsdp.divides(accelerator)
         self.console = console or Console(stderr=True)
         self.progress = Progress()
         self.ema = EMA(trio.generator, config.ema)
@@ -145,7 +147,7 @@ class Trainer:
         parallel.average_gradients(weights, self.accelerator)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(weights, clip))
         finite = bool(norm.isfinite())
         if finite:
             self._collect({f"{turn}/grad_norm": norm})
@@ -181,14 +183,13 @@ class Trainer:
         """Hand networks and optimisers to accelerate: device, autocast, loss scaling."""
         self.players = self.trio.players()
         trained = [network for networks in self.players.values() for network in networks.values()]
-        device = self.accelerator.device
-        for network in (self.trio.real_score, self.ema.denoiser, *trained):
-            network.to(device)
+        fsdp.place((self.trio.real_score, self.ema.denoiser), trained, self.accelerator)
         for network in (self.trio.real_score, *trained):
             for module in network.networks():
                 parallel.prepare(module, self.accelerator)
             if self.config.compile and isinstance(network, Denoiser):
                 network.compile_networks()
+        device = self.accelerator.device
         away = self.config.offload_teacher and device.type != "cpu"
         self.offload = Offload(self.trio.real_score, device, trained) if away else None
 
@@ -253,7 +254,8 @@ class Trainer:
         return bool(self._agree(improved))
 
     def _judge(self, done: int) -> bool:
-        if self.monitor is None or not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if self.monitor is None or not (main or self.sharded):  # all must call a sharded network
             return False
         student = self.ema.denoiser
         training = student.training  # without an average, it is the generator itself
@@ -261,6 +263,8 @@ class Trainer:
         with uncompiled(), self.offload.staying() if self.offload is not None else nullcontext():
             figures = self.monitor.evaluate(student.eval(), done)
         student.train(training)
+        if not main:
+            return False
         rank = figures.pop("rank", None)
         self.tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
         self.tracker.say(f"iteration {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -286,8 +290,9 @@ class Trainer:
         folder = checkpoint.folder_of(self.out, self.progress.iteration)
         unlogged = {k: parallel.mean(torch.stack(v), self.accelerator) for k, v in self.sums.items()}
         with parallel.failing_together("saving", self.accelerator):
+            state = capture(self, unlogged)
             if self.accelerator.is_main_process:
-                checkpoint.write(folder, capture(self, unlogged))
+                checkpoint.write(folder, state)
                 best = self.progress.best
                 kept = int(best["iteration"]) if best else None
                 checkpoint.prune(self.out, self.config.keep, kept, written=folder)

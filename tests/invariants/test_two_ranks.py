@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.invariants import gradients as script
 from tests.invariants.conftest import ENVIRONMENT, ROOT
 
-ACCELERATE = ROOT / "configs" / "accelerate" / "ddp.yaml"
+CONFIGS = ROOT / "configs" / "accelerate"
 
 
 def free_port() -> str:
@@ -79,13 +79,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_both(ranks: Path):
 
 
 def test_accelerate_reads_our_file_as_two_plain_processes():
-    read = load_config_from_file(str(ACCELERATE))
+    read = load_config_from_file(str(CONFIGS / "ddp.yaml"))
     kind = str(read.distributed_type).rpartition(".")[2]
     assert (kind, read.num_processes, read.num_machines, read.mixed_precision) == ("MULTI_GPU", 2, 1, "no")
 
 
 @pytest.mark.slow
-def test_our_file_for_accelerate_starts_two_processes_that_are_one(tmp_path: Path):
+@pytest.mark.parametrize("file", ["ddp.yaml", "fsdp2.yaml"])
+def test_our_file_for_accelerate_starts_two_processes_that_are_one(file: str, tmp_path: Path):
     """By the command line, on gloo; float32, whose last digits the order of a sum changes.
 
     Fails if only one process starts, whose weights would be the same to the bit.
@@ -112,8 +113,8 @@ def test_our_file_for_accelerate_starts_two_processes_that_are_one(tmp_path: Pat
         "train.evaluate_samples=10",
         "--out",
     ]
-    launch = f"-m accelerate.commands.accelerate_cli launch --config_file {ACCELERATE} --main_process_port".split()
-    for name, start in (("one", []), ("two", [*launch, free_port()])):
+    launch = f"-m accelerate.commands.accelerate_cli launch --config_file {CONFIGS / file}".split()
+    for name, start in (("one", []), ("two", [*launch, "--main_process_port", free_port()])):
         argv = [sys.executable, *start, *command, str(tmp_path / name)]
         done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

@@ -70,10 +70,3 @@ def test_a_gan_without_real_samples_is_refused(tmp_path, method, other):
     with pytest.raises(ValueError, match="brings none; give --data FOLDER") as refused:
         fewstep.distill(teacher, method, iterations=1, out=tmp_path / "run", gan_weight=0.1, **OPTIONS, **other)
     assert ("--set method.gan_weight=0" in str(refused.value)) == (method != "tmd")
-
-
-def test_a_configuration_for_fsdp_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
-    """accelerate launch hands its file on by the environment."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"configured for FSDP.*configs/accelerate/ddp\.yaml"):
-        fewstep.distill("fashion-dit", iterations=1, out=tmp_path / "run", train={"device": "cpu"})
