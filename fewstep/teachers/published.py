@@ -103,6 +103,14 @@ SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
+SHIFTED_BY_ROOT = {  # linearly, by the root of the number of tokens
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "use_dynamic_shifting": True,
+    "time_shift_type": "linear",
+    "base_shift": 0.25,
+    "max_shift": 0.75,
+    "base_image_seq_len": 256,
+}
 UNIPC = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -196,6 +204,17 @@ PUBLISHED = (
         11901,
         SHIFTED_BY_SIZE,
         restrictions=("non-commercial", "gated"),
+    ),
+    Published(
+        "cogview4",
+        "CogView4, 6 billion, 1024x1024, flow",
+        "CogView4Pipeline",
+        "zai-org/CogView4-6B",
+        "63a52b7f6dace7033380cd6da14d0915eab3e6b5",
+        "Apache-2.0",
+        6369,
+        SHIFTED_BY_ROOT,
+        tokens=1024,
     ),
     Published(
         "wan2.1-1.3b",

@@ -38,17 +38,20 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "sd35-large": 8_056_627_520,
     "flux-dev": 11_901_408_320,
+    "cogview4": 6_369_118_272,
     "wan2.1-1.3b": 1_418_996_800,
     "wan2.1-14b": 14_288_491_584,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]; with the
 table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them, Flux's "12 billion",
-Wan's 1.4 and 14."""
+Wan's 1.4 and 14.  CogView4's 6 billion;
+PixArt-Sigma's 0.6 [arXiv:2403.04692]."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
     "StableDiffusion3Pipeline": build_sd3,
     "FluxPipeline": build_flux,
+    "CogView4Pipeline": build,
     "WanPipeline": build_wan,
 }
 METHODS = {
@@ -171,6 +174,7 @@ SIZES = {
     "sdxl": {"resolution": 24},
     "sd3-medium": {"resolution": 24},
     "flux-dev": {"resolution": 24},
+    "cogview4": {"resolution": 32},
     "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
 }
 
