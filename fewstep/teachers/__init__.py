@@ -3,6 +3,7 @@
 from fewstep.teachers import (  # noqa: F401 - register teachers, families and networks in pieces
     fashion,
     flux,
+    pixart,
     point_split,
     published,
     sd3,

@@ -95,6 +95,14 @@ BETAS = {
     "prediction_type": "epsilon",
 }
 """Stable Diffusion's."""
+LINEAR_BETAS = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+}
+"""PixArt's."""
 SHIFTED_BY_3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "use_dynamic_shifting": True,
@@ -160,6 +168,17 @@ PUBLISHED = (
         "CreativeML Open RAIL++-M",
         2567,
         BETAS,
+    ),
+    Published(
+        "pixart-sigma",
+        "PixArt-Sigma, 1024x1024, eps",
+        "PixArtSigmaPipeline",
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        "e102b3591cc82e97071b8b4cb90d834d0c487207",
+        "CreativeML Open RAIL++-M",
+        611,
+        LINEAR_BETAS,
+        tokens=300,
     ),
     Published(
         "sd3-medium",

@@ -23,6 +23,7 @@ from fewstep.teachers.wan import filmstrip
 from tests.tiny_pipeline import (
     build,
     build_flux,
+    build_pixart,
     build_sd3,
     build_stable_diffusion,
     build_stable_diffusion_xl,
@@ -34,6 +35,7 @@ PARAMETERS = {
     "sd21-base": 865_910_724,
     "sd21": 865_910_724,
     "sdxl": 2_567_463_684,
+    "pixart-sigma": 610_856_096,
     "sd3-medium": 2_028_328_000,
     "sd35-medium": 2_243_171_520,
     "sd35-large": 8_056_627_520,
@@ -49,6 +51,7 @@ PixArt-Sigma's 0.6 [arXiv:2403.04692]."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
+    "PixArtSigmaPipeline": build_pixart,
     "StableDiffusion3Pipeline": build_sd3,
     "FluxPipeline": build_flux,
     "CogView4Pipeline": build,
@@ -172,6 +175,7 @@ FROM_NOISE = {("wan2.1-1.3b", "sid"): {"init_sigma": None}}
 SIZES = {
     "sd15": {},
     "sdxl": {"resolution": 24},
+    "pixart-sigma": {"resolution": 24},
     "sd3-medium": {"resolution": 24},
     "flux-dev": {"resolution": 24},
     "cogview4": {"resolution": 32},
