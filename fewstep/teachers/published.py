@@ -36,8 +36,8 @@ class Published:
 
     about: one line.  pipeline: its class in diffusers.  source, revision: repository and commit.  licence: as its card
     names it.  parameters: of the network that is distilled, in millions.  scheduler: what counts of its scheduler's
-    config.  tokens: of its encoded text.  caution: what to know before it is fetched.  restrictions: of RESTRICTIONS;
-    they bind a student, too.
+    config.  tokens: of its encoded text.  vae_scale: pixels per latent.  caution: what to know before it is fetched.
+    restrictions: of RESTRICTIONS; they bind a student, too.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Published:
     parameters: int
     scheduler: Mapping[str, Any] = field(hash=False)
     tokens: int = 77
+    vae_scale: int = 8
     caution: str = ""
     restrictions: tuple[str, ...] = ()
 
@@ -118,6 +119,12 @@ SHIFTED_BY_ROOT = {  # linearly, by the root of the number of tokens
     "base_shift": 0.25,
     "max_shift": 0.75,
     "base_image_seq_len": 256,
+}
+DPM_SHIFTED_BY_3 = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
 }
 UNIPC = {
     "_class_name": "UniPCMultistepScheduler",
@@ -223,6 +230,32 @@ PUBLISHED = (
         11901,
         SHIFTED_BY_SIZE,
         restrictions=("non-commercial", "gated"),
+    ),
+    Published(
+        "sana",
+        "Sana, 1.6 billion, 1024x1024, flow",
+        "SanaPipeline",
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+        "d1b54936033cd7d45410ecadd692c5c502a19a38",
+        "NSCL v2-custom",
+        1604,
+        DPM_SHIFTED_BY_3,
+        tokens=300,
+        vae_scale=32,
+        restrictions=("non-commercial",),
+    ),
+    Published(
+        "sana-0.6b",
+        "Sana, 0.6 billion, 1024x1024, flow",
+        "SanaPipeline",
+        "Efficient-Large-Model/Sana_600M_1024px_diffusers",
+        "b3ddc862873249650ed9f6ba90e92ede3083bb0d",
+        "NSCL v2-custom",
+        592,
+        DPM_SHIFTED_BY_3,
+        tokens=300,
+        vae_scale=32,
+        restrictions=("non-commercial",),
     ),
     Published(
         "cogview4",
