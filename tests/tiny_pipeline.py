@@ -210,6 +210,65 @@ def build_flux(folder: Path, *, seed: int = 0, network: Mapping[str, Any] = {}, 
     return folder
 
 
+def build_pixart(folder: Path, *, seed: int = 0, network: Mapping[str, Any] = {}, **scheduler: Any) -> Path:
+    """Write a PixArtSigmaPipeline on the same latents and pictures, its text 40 wide.  Returns it.
+
+    network: further settings of PixArtTransformer2DModel.  scheduler: of DDIMScheduler, or another by `name`.
+    """
+    import diffusers
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(16)
+    sizes: dict[str, Any] = {
+        "sample_size": LATENTS[1], "in_channels": LATENTS[0], "out_channels": 2 * LATENTS[0], "num_layers": 2,
+        "attention_head_dim": 12, "num_attention_heads": 2, "cross_attention_dim": 24, "caption_channels": 40,
+    }  # fmt: skip
+    transformer = diffusers.PixArtTransformer2DModel(**(sizes | dict(network)))
+    name = scheduler.pop("name", "DDIMScheduler")
+    betas = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+    ddim = {"set_alpha_to_one": False, "clip_sample": False, "steps_offset": 1} if name == "DDIMScheduler" else {}
+    noise = getattr(diffusers, name)(**(betas | ddim | scheduler))
+    pipe = diffusers.PixArtSigmaPipeline(tokenizer, tiny_t5(tokenizer, 40), tiny_vae(), transformer, noise)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_sana(folder: Path, *, seed: int = 0, scheduler: Any = None, **settings: Any) -> Path:
+    """Write a SanaPipeline: latents of 4x4 for pictures of 32x32 in colour, its text 16 wide.  Returns it.
+
+    scheduler: by default FlowMatchEulerDiscreteScheduler with `settings`.
+    """
+    import diffusers
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(16)
+    text = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=LATENTS[0], out_channels=LATENTS[0], num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16,
+        sample_size=LATENTS[1],
+    )  # fmt: skip
+    widths: dict[str, Any] = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in {
+            "block_out_channels": (8, 8, 16, 16), "layers_per_block": (1, 1, 1, 1),
+            "qkv_multiscales": ((), (), (), (5,)),
+            "block_types": ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+        }.items()
+    }  # fmt: skip
+    vae = diffusers.AutoencoderDC(latent_channels=LATENTS[0], attention_head_dim=8, scaling_factor=0.7, **widths)
+    noise = diffusers.FlowMatchEulerDiscreteScheduler(**settings) if scheduler is None else scheduler
+    pipe = diffusers.SanaPipeline(tokenizer, Gemma2Model(text), vae, transformer, noise)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 FILM = (4, 2, 4, 4)
 """Latents of five frames of 16x16."""
 

@@ -32,7 +32,8 @@ OWN = "own"
 class LoRA:
     """Low-rank updates of a role: W + (alpha / rank) B A, B = 0 at the start     [LoRA, arXiv:2106.09685, eq. 3]
 
-    targets: ends of the names of the layers that get one, as "to_q"; none named = every linear layer and convolution.
+    targets: ends of the names of the layers that get one, as "to_q"; none named = every linear layer and convolution
+    but depthwise ones, whose few weights no low rank fits.
     """
 
     rank: int = 64  # DMD2 appendix F, SDXL LoRA
@@ -57,7 +58,11 @@ def add_lora(module: nn.Module, config: LoRA, *, seed: int = 0) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = [name for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    layers = [
+        name
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+    ]
     wanted = [name for name in layers if not config.targets or name.endswith(config.targets)]
     idle = [end for end in config.targets if not any(name.endswith(end) for name in layers)]
     if idle:

@@ -3,8 +3,10 @@
 from fewstep.teachers import (  # noqa: F401 - register teachers, families and networks in pieces
     fashion,
     flux,
+    pixart,
     point_split,
     published,
+    sana,
     sd3,
     stable_diffusion,
     transformers,

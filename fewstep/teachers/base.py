@@ -16,7 +16,7 @@ from fewstep.metrics.clip_score import ClipScorer
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import Distance
 from fewstep.registry import Registry
-from fewstep.teachers.codecs import TextEncoders
+from fewstep.teachers.codecs import PipelineEncoder, TextEncoders
 from fewstep.types import Condition
 
 
@@ -180,6 +180,8 @@ class Teacher:
         encode = self.encode
         if not encode(self.prompts[:1] or ("",)).null:
             raise ValueError(f"teacher {self.card.name!r} has no unconditional branch for a negative prompt to replace")
+        if isinstance(encode, PipelineEncoder):
+            return replace(self, encode=encode.against(negative_prompt))
 
         def with_negative(prompts: Sequence[str]) -> Condition:
             # Encoded together, so that its rows are as long as the others'.

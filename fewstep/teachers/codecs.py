@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,27 +70,42 @@ class PipelineEncoder:
     CogView4Pipeline pads to the longest prompt of the call: in a batch, a prompt's embedding would depend on its
     neighbours.
     zeros: guidance leads away from zeros in place of the empty prompt.
+    negative: as `encode`, of what guidance leads away from, where the pipeline encodes that in another way.
     encoders: what `encode` runs, to be in memory for prompts that are not remembered.
     """
 
     encoders: TextEncoders | None = None
 
-    def __init__(self, encode: Callable[[str], Mapping[str, Tensor]], *, zeros: bool = False) -> None:
+    def __init__(
+        self,
+        encode: Callable[[str], Mapping[str, Tensor]],
+        *,
+        zeros: bool = False,
+        negative: Callable[[str], Mapping[str, Tensor]] | None = None,
+    ) -> None:
         self._encode = encode
+        self._negative = negative or encode
         self._zeros = zeros
-        self._known: dict[str, dict[str, Tensor]] = {}
+        self._empty = ""
+        self._known: dict[tuple[str, Any], dict[str, Tensor]] = {}
+
+    def against(self, negative_prompt: str) -> PipelineEncoder:
+        """The same encoder, with its memory, but for a negative prompt in the place of the empty one."""
+        made = copy.copy(self)
+        made._empty, made._zeros = negative_prompt, False
+        return made
 
     @torch.no_grad()
-    def _row(self, prompt: str) -> dict[str, Tensor]:
-        row = self._known.pop(prompt, None)
+    def _row(self, prompt: str, encode: Callable[[str], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        row = self._known.pop((prompt, encode), None)
         if row is None:
             if self.encoders is not None:
                 self.encoders.restore()
-            row = {name: value.detach().cpu() for name, value in self._encode(prompt).items()}
+            row = {name: value.detach().cpu() for name, value in encode(prompt).items()}
             size = sum(value.nbytes for value in row.values())
             while self._known and (len(self._known) + 1) * size > KNOWN:
                 del self._known[next(iter(self._known))]
-        self._known[prompt] = row  # the last used is the last to go
+        self._known[prompt, encode] = row  # the last used is the last to go
         return row
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
@@ -97,7 +113,7 @@ class PipelineEncoder:
 
         Shorter rows are padded with zeros to the longest; the network must be given `length` tokens of them only.
         """
-        rows, null = [self._row(p) for p in prompts], self._row("")
+        rows, null = [self._row(p, self._encode) for p in prompts], self._row(self._empty, self._negative)
         null = {name: torch.zeros_like(value) for name, value in null.items()} if self._zeros else null
         lengths = {row["text"].shape[1] for row in [*rows, null]}
         longest = max(lengths)

@@ -10,6 +10,17 @@ from torch import Tensor
 from fewstep.teachers.base import FewSteps
 
 
+def check_levels(scheduler: Any) -> None:
+    """Raise ValueError for a scheduler without flow's levels, or that shifts them by the sample's size."""
+    name, config = type(scheduler).__name__, scheduler.config
+    flows = name.startswith("FlowMatch") or config.get("use_flow_sigmas")
+    if not flows or config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"the scheduler {name} must have flow's levels (use_flow_sigmas) and no shift by the sample's size "
+            "(use_dynamic_shifting)"
+        )
+
+
 def times(scheduler: Any, mu: float | None, steps: int, sigmas: Sequence[float] | None = None) -> Tensor:
     """The scheduler's own levels, [steps + 1] descending to 0; the network is told 1000 times them.
 
@@ -34,11 +45,14 @@ def dynamic_mu(scheduler: Any, tokens: int, base: float = 0.5, most: float = 1.1
 
 
 def few_steps(
-    call: Callable[[Any], dict[str, Any]] = lambda pipe: {"guidance_scale": 1.0}, *, packed: bool = False
+    call: Callable[[Any], dict[str, Any]] = lambda pipe: {"guidance_scale": 1.0},
+    *,
+    packed: bool = False,
+    seeded: bool = False,
 ) -> FewSteps:
     """For a pipeline that takes `sigmas` and tells its network 1000 times them.  call: its other arguments.
 
-    packed: whether it carries latents as tokens.
+    packed: whether it carries latents as tokens.  seeded: whether it hands its generator to the scheduler.
     """
 
     def set_up(pipe: Any, levels: Tensor, _told: Tensor, stochastic: bool) -> dict[str, Any]:
@@ -48,7 +62,7 @@ def few_steps(
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
         return {"num_inference_steps": len(levels), "sigmas": levels.tolist(), **call(pipe)}
 
-    return FewSteps("transformer", set_up, seeded=False, tells=lambda told: told, packed=packed)
+    return FewSteps("transformer", set_up, seeded=seeded, tells=lambda told: told, packed=packed)
 
 
 def curved_scheduler(levels: Tensor, stochastic: bool) -> Any:

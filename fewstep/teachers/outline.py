@@ -23,8 +23,10 @@ from fewstep.types import Condition
 OF_FILES = frozenset({"source", "config", "revision", "dtype", "variant", "tiling"})
 """Options of how a pipeline's files are read; the others are its family's."""
 CLIP_TOKENS = 77
-VAE_SCALE, VAE_FRAMES = 8, 4
-"""Pixels and frames per latent, of every published teacher; frames of any."""
+VAE_FRAMES = 4
+"""Frames per latent, of any teacher."""
+STAGES = ("block_out_channels", "dim_mult", "encoder_block_out_channels")
+"""What a VAE's config may call the widths of its stages, each half as large as the one before."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _source(name: str, options: dict[str, Any]) -> Source:
         if given is not None and Path(given).is_dir():
             return _of_folder(Path(given))
         network, scheduler = registered.architecture(), dict(registered.scheduler)
-        return Source(registered.pipeline, network, scheduler, registered.tokens, VAE_SCALE)
+        return Source(registered.pipeline, network, scheduler, registered.tokens, registered.vae_scale)
     folder = WEIGHTS / name if registered is not None else Path(name)
     if (folder / "model_index.json").is_file():
         return _of_folder(folder)
@@ -114,7 +116,7 @@ def _of_folder(folder: Path) -> Source:
     network, scheduler = _json(folder / part / "config.json"), _json(folder / "scheduler" / "scheduler_config.json")
     vae, tokenizer = _json(folder / "vae" / "config.json"), _json(folder / "tokenizer" / "tokenizer_config.json")
     tokens = min(tokenizer.get("model_max_length", CLIP_TOKENS), 1024)
-    stages = vae["dim_mult" if "dim_mult" in vae else "block_out_channels"]
+    stages = next(vae[name] for name in STAGES if name in vae)
     return Source(family, network, scheduler, tokens, 2 ** (len(stages) - 1))
 
 

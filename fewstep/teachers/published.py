@@ -36,8 +36,8 @@ class Published:
 
     about: one line.  pipeline: its class in diffusers.  source, revision: repository and commit.  licence: as its card
     names it.  parameters: of the network that is distilled, in millions.  scheduler: what counts of its scheduler's
-    config.  tokens: of its encoded text.  caution: what to know before it is fetched.  restrictions: of RESTRICTIONS;
-    they bind a student, too.
+    config.  tokens: of its encoded text.  vae_scale: pixels per latent.  caution: what to know before it is fetched.
+    restrictions: of RESTRICTIONS; they bind a student, too.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Published:
     parameters: int
     scheduler: Mapping[str, Any] = field(hash=False)
     tokens: int = 77
+    vae_scale: int = 8
     caution: str = ""
     restrictions: tuple[str, ...] = ()
 
@@ -95,6 +96,14 @@ BETAS = {
     "prediction_type": "epsilon",
 }
 """Stable Diffusion's."""
+LINEAR_BETAS = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+}
+"""PixArt's."""
 SHIFTED_BY_3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "use_dynamic_shifting": True,
@@ -102,6 +111,20 @@ SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "max_shift": 1.15,
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
+}
+SHIFTED_BY_ROOT = {  # linearly, by the root of the number of tokens
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "use_dynamic_shifting": True,
+    "time_shift_type": "linear",
+    "base_shift": 0.25,
+    "max_shift": 0.75,
+    "base_image_seq_len": 256,
+}
+DPM_SHIFTED_BY_3 = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
 }
 UNIPC = {
     "_class_name": "UniPCMultistepScheduler",
@@ -154,6 +177,17 @@ PUBLISHED = (
         BETAS,
     ),
     Published(
+        "pixart-sigma",
+        "PixArt-Sigma, 1024x1024, eps",
+        "PixArtSigmaPipeline",
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        "e102b3591cc82e97071b8b4cb90d834d0c487207",
+        "CreativeML Open RAIL++-M",
+        611,
+        LINEAR_BETAS,
+        tokens=300,
+    ),
+    Published(
         "sd3-medium",
         "Stable Diffusion 3 medium, 1024x1024, flow",
         "StableDiffusion3Pipeline",
@@ -196,6 +230,43 @@ PUBLISHED = (
         11901,
         SHIFTED_BY_SIZE,
         restrictions=("non-commercial", "gated"),
+    ),
+    Published(
+        "sana",
+        "Sana, 1.6 billion, 1024x1024, flow",
+        "SanaPipeline",
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+        "d1b54936033cd7d45410ecadd692c5c502a19a38",
+        "NSCL v2-custom",
+        1604,
+        DPM_SHIFTED_BY_3,
+        tokens=300,
+        vae_scale=32,
+        restrictions=("non-commercial",),
+    ),
+    Published(
+        "sana-0.6b",
+        "Sana, 0.6 billion, 1024x1024, flow",
+        "SanaPipeline",
+        "Efficient-Large-Model/Sana_600M_1024px_diffusers",
+        "b3ddc862873249650ed9f6ba90e92ede3083bb0d",
+        "NSCL v2-custom",
+        592,
+        DPM_SHIFTED_BY_3,
+        tokens=300,
+        vae_scale=32,
+        restrictions=("non-commercial",),
+    ),
+    Published(
+        "cogview4",
+        "CogView4, 6 billion, 1024x1024, flow",
+        "CogView4Pipeline",
+        "zai-org/CogView4-6B",
+        "63a52b7f6dace7033380cd6da14d0915eab3e6b5",
+        "Apache-2.0",
+        6369,
+        SHIFTED_BY_ROOT,
+        tokens=1024,
     ),
     Published(
         "wan2.1-1.3b",

@@ -6,20 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fewstep.diffusion import VPTable
 from fewstep.models.backbones import UNet2DCondition, UNet2DConditionXL
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import vgg_lpips
-from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
+from fewstep.teachers.base import Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, VAECodec
 from fewstep.teachers.pipelines import FAMILIES, resized
-from fewstep.types import Kind
-
-KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-"""What diffusers' schedulers call the network's output -> what it is."""
+from fewstep.teachers.table import ddim_grid, few_steps, kind_of, table_of
 
 
 @FAMILIES.register("StableDiffusionPipeline")
@@ -65,35 +60,12 @@ def _teacher(
     *,
     guidance: float,
 ) -> Teacher:
-    """A teacher on its scheduler's own betas; t = i / 999.
-
-    Whichever its scheduler, it is sampled by DDIM without fresh noise [arXiv:2010.02502], at that scheduler's times.
-    """
-    kind, ddim = _kind(pipe.scheduler), _ddim(pipe.scheduler)
-    levels = pipe.scheduler.alphas_cumprod.double()
-    if levels[-1] == 0:
-        levels[-1] = 1e-12  # zero terminal SNR, but for alpha = 1e-6: log-SNR must be finite
-    schedule = VPTable(tuple(levels.tolist()))
-    size, last = pipe.unet.config.sample_size, len(levels) - 1
+    """A teacher on its scheduler's own betas; see `table`."""
+    kind, schedule = kind_of(pipe.scheduler), table_of(pipe.scheduler)
+    size, last = pipe.unet.config.sample_size, len(schedule.alphas_cumprod) - 1
     sides = (size, size) if isinstance(size, int) else tuple(size)
     halvings = len(pipe.unet.config.block_out_channels) - 1
     shape = resized((pipe.unet.config.in_channels, *sides), resolution, pipe.vae_scale_factor, 2**halvings)
-
-    def grid(steps: int) -> Tensor:
-        """DDIM's own whole timesteps, then the end of its last step.
-
-        That is index 0, the cleanest level of the table, or data if the scheduler's `set_alpha_to_one` says so.
-        diffusers' DDIM always steps down by 1000 // steps, even where its next timestep is another (spacing "linspace",
-        or "trailing" with steps that do not divide 1000); here a step ends where the next begins.
-        """
-        ddim.set_timesteps(steps)
-        times = ddim.timesteps[ddim.timesteps > 0].double() / last
-        if times[0] > 1:
-            raise ValueError(f"this teacher's grid of {steps} steps starts beyond its last time; use {steps - 1} steps")
-        # At exactly 0 `ode` would go on to predict data, which the pipeline does not.
-        end = 0.0 if ddim.config.set_alpha_to_one else torch.finfo(torch.float32).tiny
-        return torch.cat([times, times.new_tensor([end])]).float()
-
     return Teacher(
         denoiser=Denoiser(backbone(pipe.unet, last), schedule, kind),
         encode=encode,
@@ -101,64 +73,12 @@ def _teacher(
         shape=shape,
         card=TeacherCard(source, source),
         prompts=(),
-        grid=grid,
+        grid=ddim_grid(pipe.scheduler),
         solver="ddim",
         guidance=guidance,
-        few_steps=FewSteps("unet", _few_steps, seeded=True),
+        few_steps=few_steps("unet"),
         lpips=vgg_lpips,
     )
-
-
-def _few_steps(pipe: Any, levels: Tensor, told: Tensor, stochastic: bool) -> dict[str, Any]:
-    from diffusers import DPMSolverMultistepScheduler, LCMScheduler
-
-    config = _of(
-        pipe.scheduler,
-        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-        *("rescale_betas_zero_snr", "prediction_type"),
-    )
-    if stochastic:
-        # LCM blends x0 with x_t by c_skip = 1 / (1 + (2 scaling t)^2), nothing in float32 at this scaling and t >= 1;
-        # and every whole time is one of its own if it is said to come from as many steps as the table has.
-        pipe.scheduler = LCMScheduler(
-            **config, clip_sample=False, timestep_scaling=1e6, original_inference_steps=config["num_train_timesteps"]
-        )
-    else:
-        # Of first order it is DDIM, and unlike DDIMScheduler it takes times as they are given.
-        pipe.scheduler = DPMSolverMultistepScheduler(**config, solver_order=1, final_sigmas_type="zero")
-    return {"timesteps": [int(t) for t in told.round().tolist()], "guidance_scale": 1.0}
-
-
-def _kind(scheduler: Any) -> Kind:
-    """What the network predicts.  Raises ValueError for a scheduler that is no table of betas or changes x0."""
-    config, name = scheduler.config, type(scheduler).__name__
-    if "alphas_cumprod" not in vars(scheduler):
-        raise ValueError(f"the scheduler {name} has no betas; this family needs one that has, such as DDIMScheduler")
-    if config.get("thresholding"):
-        raise ValueError("the scheduler's thresholding cannot be used here; set it to false")
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in KINDS:
-        raise ValueError(f"the scheduler's prediction_type {kind!r} is unknown here; known: {', '.join(KINDS)}")
-    if kind == "epsilon" and config.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            "rescale_betas_zero_snr with prediction_type 'epsilon' cannot be used: at its last time the input is all "
-            "noise, and noise says nothing about x0; such a model predicts 'v_prediction' or 'sample'"
-        )
-    return KINDS[kind]
-
-
-def _ddim(scheduler: Any) -> Any:
-    """DDIM's times as the pipeline's scheduler spaces them."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        **_of(scheduler, "num_train_timesteps", "timestep_spacing", "steps_offset", "set_alpha_to_one")
-    )
-
-
-def _of(scheduler: Any, *names: str) -> dict[str, Any]:
-    """Those of the named settings that the scheduler has."""
-    return {name: scheduler.config[name] for name in names if name in scheduler.config}
 
 
 def _check_unet(unet: Any, told: str | None = None) -> None:

@@ -13,7 +13,7 @@ from fewstep.diffusion import RectifiedFlow
 from fewstep.models.denoiser import Backbone, Denoiser, blocks_of, late
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, returning
-from fewstep.teachers.flow import curved, curved_scheduler, times
+from fewstep.teachers.flow import check_levels, curved, curved_scheduler, times
 from fewstep.teachers.pipelines import FAMILIES
 from fewstep.types import Condition
 
@@ -175,10 +175,4 @@ def _shape(pipe: Any, height: int, width: int, frames: int) -> tuple[int, int, i
 def _check(pipe: Any) -> None:
     if pipe.config.boundary_ratio is not None or pipe.config.expand_timesteps:
         raise ValueError("this is Wan 2.2, which has two networks or a time for each token; only 2.1 can be distilled")
-    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
-    flows = name.startswith("FlowMatch") or config.get("use_flow_sigmas")
-    if not flows or config.get("use_dynamic_shifting"):
-        raise ValueError(
-            f"the scheduler {name} must have flow's levels (use_flow_sigmas) and no shift by the video's size "
-            "(use_dynamic_shifting)"
-        )
+    check_levels(pipe.scheduler)

@@ -23,6 +23,8 @@ from fewstep.teachers.wan import filmstrip
 from tests.tiny_pipeline import (
     build,
     build_flux,
+    build_pixart,
+    build_sana,
     build_sd3,
     build_stable_diffusion,
     build_stable_diffusion_xl,
@@ -34,21 +36,28 @@ PARAMETERS = {
     "sd21-base": 865_910_724,
     "sd21": 865_910_724,
     "sdxl": 2_567_463_684,
+    "pixart-sigma": 610_856_096,
     "sd3-medium": 2_028_328_000,
     "sd35-medium": 2_243_171_520,
     "sd35-large": 8_056_627_520,
     "flux-dev": 11_901_408_320,
+    "sana": 1_604_462_752,
+    "sana-0.6b": 591_747_872,
+    "cogview4": 6_369_118_272,
     "wan2.1-1.3b": 1_418_996_800,
     "wan2.1-14b": 14_288_491_584,
 }
-"""Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]; with the
-table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them, Flux's "12 billion",
-Wan's 1.4 and 14."""
+"""Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1];
+PixArt-Sigma's 0.6 [arXiv:2403.04692]; with the table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as
+their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Wan's 1.4 and 14."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
+    "PixArtSigmaPipeline": build_pixart,
     "StableDiffusion3Pipeline": build_sd3,
     "FluxPipeline": build_flux,
+    "SanaPipeline": build_sana,
+    "CogView4Pipeline": build,
     "WanPipeline": build_wan,
 }
 METHODS = {
@@ -169,8 +178,11 @@ FROM_NOISE = {("wan2.1-1.3b", "sid"): {"init_sigma": None}}
 SIZES = {
     "sd15": {},
     "sdxl": {"resolution": 24},
+    "pixart-sigma": {"resolution": 24},
     "sd3-medium": {"resolution": 24},
     "flux-dev": {"resolution": 24},
+    "sana": {"resolution": 64},
+    "cogview4": {"resolution": 32},
     "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
 }
 
