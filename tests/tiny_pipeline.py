@@ -210,6 +210,29 @@ def build_flux(folder: Path, *, seed: int = 0, network: Mapping[str, Any] = {}, 
     return folder
 
 
+CLASSES = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "crane", "3": "crane"}
+"""Numbers -> names, two of which are one, as two of ImageNet's are."""
+
+
+def build_dit(folder: Path, *, seed: int = 0, classes: Mapping[str, str] = CLASSES, **scheduler: Any) -> Path:
+    """Write a DiTPipeline of 1000 classes on the same latents and pictures, with learnt variance.  Returns it.
+
+    classes: names of some.  scheduler: further settings of DDIMScheduler.
+    """
+    import diffusers
+
+    torch.manual_seed(seed)
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=LATENTS[0], out_channels=2 * LATENTS[0],
+        num_layers=2, sample_size=LATENTS[1],
+    )  # fmt: skip
+    noise = diffusers.DDIMScheduler(**({"beta_schedule": "linear", "clip_sample": False} | scheduler))
+    pipe = diffusers.DiTPipeline(network, tiny_vae(), noise)
+    pipe.register_to_config(id2label=dict(classes))  # as its publisher's index has it
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 FILM = (4, 2, 4, 4)
 """Latents of five frames of 16x16."""
 

@@ -1,6 +1,7 @@
 """Teachers: pretrained diffusion models behind one bundle.  Closed-form ones need no weights."""
 
 from fewstep.teachers import (  # noqa: F401 - register teachers, families and networks in pieces
+    dit,
     fashion,
     flux,
     point_split,

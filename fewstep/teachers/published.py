@@ -95,6 +95,15 @@ BETAS = {
     "prediction_type": "epsilon",
 }
 """Stable Diffusion's."""
+LINEAR = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+}
+"""DDPM's."""
 SHIFTED_BY_3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "use_dynamic_shifting": True,
@@ -152,6 +161,20 @@ PUBLISHED = (
         "CreativeML Open RAIL++-M",
         2567,
         BETAS,
+    ),
+    Published(
+        "dit-xl-2-256",
+        "DiT-XL/2 of ImageNet's thousand classes, 256x256, eps",
+        "DiTPipeline",
+        "facebook/DiT-XL-2-256",
+        "eab87f77abd5aef071a632f08807fbaab0b704d0",
+        "CC-BY-NC-4.0",
+        750,
+        LINEAR,
+        tokens=0,
+        caution="its weights on the hub are pickles, which are not read: save a copy of its DiTPipeline by "
+        "save_pretrained, where that does no harm, and name it with --set teacher.source=FOLDER",
+        restrictions=("non-commercial",),
     ),
     Published(
         "sd3-medium",

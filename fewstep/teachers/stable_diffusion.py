@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fewstep.diffusion import VPTable
 from fewstep.models.backbones import UNet2DCondition, UNet2DConditionXL
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Backbone, Denoiser
 from fewstep.models.perception import vgg_lpips
-from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
+from fewstep.teachers.base import FewSteps, PromptEncoder, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, VAECodec
 from fewstep.teachers.pipelines import FAMILIES, resized
 from fewstep.types import Kind
@@ -33,7 +33,7 @@ def stable_diffusion(pipe: Any, source: str, *, resolution: int | None = None) -
     def encode(prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, pipe.text_encoder.device, 1, False)[0]}
 
-    return _teacher(pipe, source, UNet2DCondition, PipelineEncoder(encode), resolution, guidance=7.5)
+    return _unet(pipe, source, UNet2DCondition, PipelineEncoder(encode), resolution, guidance=7.5)
 
 
 @FAMILIES.register("StableDiffusionXLPipeline")
@@ -53,10 +53,10 @@ def stable_diffusion_xl(pipe: Any, source: str, *, resolution: int | None = None
 
     encoder = PipelineEncoder(encode, zeros=pipe.config.force_zeros_for_empty_prompt)
     backbone = partial(UNet2DConditionXL, vae_scale=pipe.vae_scale_factor)
-    return _teacher(pipe, source, backbone, encoder, resolution, guidance=5.0)
+    return _unet(pipe, source, backbone, encoder, resolution, guidance=5.0)
 
 
-def _teacher(
+def _unet(
     pipe: Any,
     source: str,
     backbone: Callable[..., UNet2DCondition],
@@ -65,19 +65,36 @@ def _teacher(
     *,
     guidance: float,
 ) -> Teacher:
+    """The teacher of a pipeline's UNet.  backbone: (the UNet, its last time's index) -> its call adapter."""
+    config = pipe.unet.config
+    size, halvings = config.sample_size, len(config.block_out_channels) - 1
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    shape = resized((config.in_channels, *sides), resolution, pipe.vae_scale_factor, 2**halvings)
+    few_steps = FewSteps("unet", _few_steps, seeded=True)
+    return on_table(pipe, source, partial(backbone, pipe.unet), encode, shape, guidance=guidance, few_steps=few_steps)
+
+
+def on_table(
+    pipe: Any,
+    source: str,
+    backbone: Callable[[int], Backbone],
+    encode: PromptEncoder,
+    shape: tuple[int, ...],
+    *,
+    guidance: float,
+    few_steps: FewSteps,
+    prompts: Sequence[str] = (),
+) -> Teacher:
     """A teacher on its scheduler's own betas; t = i / 999.
 
+    backbone: the last time's index -> the network's call adapter.  shape: of its latents.
     Whichever its scheduler, it is sampled by DDIM without fresh noise [arXiv:2010.02502], at that scheduler's times.
     """
     kind, ddim = _kind(pipe.scheduler), _ddim(pipe.scheduler)
     levels = pipe.scheduler.alphas_cumprod.double()
     if levels[-1] == 0:
         levels[-1] = 1e-12  # zero terminal SNR, but for alpha = 1e-6: log-SNR must be finite
-    schedule = VPTable(tuple(levels.tolist()))
-    size, last = pipe.unet.config.sample_size, len(levels) - 1
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    halvings = len(pipe.unet.config.block_out_channels) - 1
-    shape = resized((pipe.unet.config.in_channels, *sides), resolution, pipe.vae_scale_factor, 2**halvings)
+    schedule, last = VPTable(tuple(levels.tolist())), len(levels) - 1
 
     def grid(steps: int) -> Tensor:
         """DDIM's own whole timesteps, then the end of its last step.
@@ -95,38 +112,45 @@ def _teacher(
         return torch.cat([times, times.new_tensor([end])]).float()
 
     return Teacher(
-        denoiser=Denoiser(backbone(pipe.unet, last), schedule, kind),
+        denoiser=Denoiser(backbone(last), schedule, kind),
         encode=encode,
         codec=VAECodec(pipe.vae),
         shape=shape,
         card=TeacherCard(source, source),
-        prompts=(),
+        prompts=prompts,
         grid=grid,
         solver="ddim",
         guidance=guidance,
-        few_steps=FewSteps("unet", _few_steps, seeded=True),
+        few_steps=few_steps,
         lpips=vgg_lpips,
     )
 
 
 def _few_steps(pipe: Any, levels: Tensor, told: Tensor, stochastic: bool) -> dict[str, Any]:
+    pipe.scheduler = student_scheduler(pipe.scheduler, stochastic)
+    return {"timesteps": [int(t) for t in told.round().tolist()], "guidance_scale": 1.0}
+
+
+def student_scheduler(scheduler: Any, stochastic: bool) -> Any:
+    """A scheduler for a student's steps on the same table.  stochastic: with fresh noise between them.
+
+    Where a call names no times they are spaced evenly from the last one.
+    """
     from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 
     config = _of(
-        pipe.scheduler,
+        scheduler,
         *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
         *("rescale_betas_zero_snr", "prediction_type"),
     )
     if stochastic:
         # LCM blends x0 with x_t by c_skip = 1 / (1 + (2 scaling t)^2), nothing in float32 at this scaling and t >= 1;
         # and every whole time is one of its own if it is said to come from as many steps as the table has.
-        pipe.scheduler = LCMScheduler(
+        return LCMScheduler(
             **config, clip_sample=False, timestep_scaling=1e6, original_inference_steps=config["num_train_timesteps"]
         )
-    else:
-        # Of first order it is DDIM, and unlike DDIMScheduler it takes times as they are given.
-        pipe.scheduler = DPMSolverMultistepScheduler(**config, solver_order=1, final_sigmas_type="zero")
-    return {"timesteps": [int(t) for t in told.round().tolist()], "guidance_scale": 1.0}
+    # Of first order it is DDIM, and unlike DDIMScheduler it takes times as they are given.
+    return DPMSolverMultistepScheduler(**config, solver_order=1, final_sigmas_type="zero", timestep_spacing="trailing")
 
 
 def _kind(scheduler: Any) -> Kind:
