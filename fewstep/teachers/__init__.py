@@ -10,6 +10,7 @@ from fewstep.teachers import (  # noqa: F401 - register teachers, families and n
     stable_diffusion,
     transformers,
     wan,
+    z_image,
 )
 from fewstep.teachers.base import TEACHERS, Teacher, TeacherCard, register_teacher
 from fewstep.teachers.closed_form import gaussian, mixture

@@ -105,6 +105,7 @@ LINEAR = {
 }
 """DDPM's."""
 SHIFTED_BY_3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+SHIFTED_BY_6 = SHIFTED_BY_3 | {"shift": 6.0}
 SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "use_dynamic_shifting": True,
     "base_shift": 0.5,
@@ -219,6 +220,17 @@ PUBLISHED = (
         11901,
         SHIFTED_BY_SIZE,
         restrictions=("non-commercial", "gated"),
+    ),
+    Published(
+        "z-image",
+        "Z-Image, not distilled, 1024x1024, flow",
+        "ZImagePipeline",
+        "Tongyi-MAI/Z-Image",
+        "04cc4abb7c5069926f75c9bfde9ef43d49423021",
+        "Apache-2.0",
+        6155,
+        SHIFTED_BY_6,
+        tokens=512,
     ),
     Published(
         "wan2.1-1.3b",

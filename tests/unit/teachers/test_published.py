@@ -28,6 +28,7 @@ from tests.tiny_pipeline import (
     build_stable_diffusion,
     build_stable_diffusion_xl,
     build_wan,
+    build_z_image,
 )
 
 PARAMETERS = {
@@ -40,19 +41,21 @@ PARAMETERS = {
     "sd35-medium": 2_243_171_520,
     "sd35-large": 8_056_627_520,
     "flux-dev": 11_901_408_320,
+    "z-image": 6_154_908_736,
     "wan2.1-1.3b": 1_418_996_800,
     "wan2.1-14b": 14_288_491_584,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1]; with the
 table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as their publisher names them, Flux's "12 billion",
-Wan's 1.4 and 14; DiT-XL/2's 675 million [arXiv:2212.09748, table 1] hold one embedding of time and class, and those of
-diffusers one for each of 28 blocks, 75 million more."""
+Z-Image's 6.15 [arXiv:2511.22699], Wan's 1.4 and 14; DiT-XL/2's 675 million [arXiv:2212.09748, table 1] hold one
+embedding of time and class, and those of diffusers one for each of 28 blocks, 75 million more."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
     "StableDiffusion3Pipeline": build_sd3,
     "DiTPipeline": build_dit,
     "FluxPipeline": build_flux,
+    "ZImagePipeline": build_z_image,
     "WanPipeline": build_wan,
 }
 METHODS = {
@@ -176,6 +179,7 @@ SIZES = {
     "sdxl": {"resolution": 24},
     "sd3-medium": {"resolution": 24},
     "flux-dev": {"resolution": 24},
+    "z-image": {"resolution": 24},
     "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
 }
 
