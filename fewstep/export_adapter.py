@@ -25,14 +25,16 @@ def write_adapter(
     """Save the LoRA file and the pipeline's scheduler.  Returns the lines that load both into the teacher's pipeline.
 
     pipe: the teacher's, with the student's scheduler.  state, lora: as `load_adapter` gives them.
-    Raises ValueError for a student that is more than an adapter, for kohya's names where it is no UNet, and for a
-    pipeline that loads no such file.
+    Raises ValueError for a student that is more than an adapter, for a pipeline that reads no LoRA file, and for
+    kohya's names where it is no UNet.
     """
     from diffusers.loaders.lora_base import LoraBaseMixin
     from safetensors.torch import save_file
 
     if not isinstance(pipe, LoraBaseMixin):
-        raise ValueError(f"a {type(pipe).__name__} loads no LoRA file in diffusers; export the student as a pipeline")
+        raise ValueError(
+            f"a {type(pipe).__name__} reads no LoRA files; export the student as a pipeline, whose weights hold it"
+        )
     tensors = named(state, lora, part, names)  # before anything is written: it may refuse
     to.mkdir()
     save_file(tensors, to / FILE, metadata={"format": "pt"})

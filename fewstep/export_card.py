@@ -26,11 +26,14 @@ RECIPE, SAMPLES = "recipe.yaml", "samples.png"
 LICENCES = {
     "Apache-2.0": "apache-2.0",
     "MIT": "mit",
+    "CC-BY-NC-4.0": "cc-by-nc-4.0",
     "CreativeML Open RAIL-M": "creativeml-openrail-m",
     "CreativeML Open RAIL++-M": "openrail++",
     "unknown": "unknown",
 }
 """A teacher's licence -> the hub's identifier of it."""
+TAGS = {"images": "text-to-image", "frames": "text-to-video"}
+"""What a student gives -> the hub's word for it."""
 
 
 def draws_noise(student: Student) -> bool:
@@ -102,7 +105,7 @@ def model_card(
     equality += _rounding(student)
     config = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     return f"""---
-{_front_matter(teacher, config, steps, form, _gives(student) == "frames")}---
+{_front_matter(student, config, form)}---
 # {name}, distilled to {steps} step{"s" * (steps > 1)}
 
 Made with fewstep {describe()["packages"]["fewstep"]} from {name}{revision}
@@ -126,14 +129,16 @@ The scheduler's preset, and the call's arguments:
 {_recipe(config)}"""
 
 
-def _front_matter(teacher: TeacherCard, config: Mapping[str, Any], steps: int, form: str, film: bool) -> str:
-    """What the hub sorts by.  The teacher is the base model only if it came from there.  film: it makes videos."""
+def _front_matter(student: Student, config: Mapping[str, Any], form: str) -> str:
+    """What the hub sorts by.  The teacher is the base model only if it came from there."""
+    teacher, steps, few_steps = student.teacher.card, student.sampler.num_steps, student.teacher.few_steps
+    texts = few_steps is None or few_steps.asks == "prompt"  # the hub has no word for pictures of a class
     named = teacher.licence.partition(" (")[0]
     lora = form in ("lora", "kohya")
     method = [config["method"]["name"]] if config else []
     front = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-video" if film else "text-to-image",
+        **({"pipeline_tag": TAGS[_gives(student)]} if texts else {}),
         "license": LICENCES.get(named, "other"),
         "license_name": named,
         **({"base_model": teacher.source} if teacher.revision else {}),
@@ -178,7 +183,8 @@ def _code(student: Student, call: dict[str, Any], seeded: bool) -> str:
             lines.append("latents = torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT")
         generator, arguments = "generator", f"latents=latents, {arguments}"
     name = "video" if _gives(student) == "frames" else "image"
-    return "\n".join([*lines, f"{name} = pipe(prompt, generator={generator}, {arguments}).{_gives(student)}[0]"])
+    asks = "prompt" if student.teacher.few_steps is None else student.teacher.few_steps.asks
+    return "\n".join([*lines, f"{name} = pipe({asks}, generator={generator}, {arguments}).{_gives(student)}[0]"])
 
 
 def _gives(student: Student) -> str:

@@ -34,6 +34,7 @@ from tests.bugs import (
     swiftbrush,
     tangents,
     tbcm,
+    teachers,
     tmd,
 )
 from tests.bugs.mutant import Mutant
@@ -64,6 +65,7 @@ FILES = (
     swiftbrush,
     tangents,
     tbcm,
+    teachers,
     tmd,
 )
 MUTANTS = tuple(mutant for file in FILES for mutant in file.MUTANTS)

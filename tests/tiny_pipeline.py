@@ -323,3 +323,56 @@ def build_stable_diffusion_xl(
     )
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+CLASSES = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "crane", "3": "crane"}
+"""Numbers -> names, two of which are one, as two of ImageNet's are."""
+
+
+def build_dit(folder: Path, *, seed: int = 0, classes: Mapping[str, str] = CLASSES, **scheduler: Any) -> Path:
+    """Write a DiTPipeline of 1000 classes on the same latents and pictures, with learnt variance.  Returns it.
+
+    classes: names of some.  scheduler: further settings of DDIMScheduler.
+    """
+    import diffusers
+
+    torch.manual_seed(seed)
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=LATENTS[0], out_channels=2 * LATENTS[0],
+        num_layers=2, sample_size=LATENTS[1],
+    )  # fmt: skip
+    noise = diffusers.DDIMScheduler(**({"beta_schedule": "linear", "clip_sample": False} | scheduler))
+    pipe = diffusers.DiTPipeline(network, tiny_vae(), noise)
+    pipe.register_to_config(id2label=dict(classes))  # as its publisher's index has it
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_z_image(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
+    """Write a ZImagePipeline on latents of the same channels and pictures, its text 16 wide.  Returns it.
+
+    By default it makes pictures of 128 latents a side, as every ZImagePipeline.
+    scheduler: further settings of FlowMatchEulerDiscreteScheduler.
+    """
+    import diffusers
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(64)
+    tokenizer.chat_template = "user: {{ messages[0].content }}, answer:"
+    text = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=LATENTS[0], dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
+    )  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    vae = tiny_vae()
+    vae.register_to_config(shift_factor=0.3)
+    noise = diffusers.FlowMatchEulerDiscreteScheduler(**({"shift": 6.0} | scheduler))
+    pipe = diffusers.ZImagePipeline(noise, vae, Qwen3Model(text), tokenizer, transformer)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder

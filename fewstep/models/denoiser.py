@@ -23,6 +23,9 @@ class Backbone(nn.Module, ABC):
     module: the unmodified network.  No parallel wrapper ever takes its place: the trainer averages gradients itself.
     """
 
+    one_call: bool = False
+    """Whether prompts of different lengths ("length" of the condition) are one call of the network."""
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module

@@ -78,7 +78,7 @@ def taps_of(network: Denoiser, cond: Condition, taps: Sequence[str] = ()) -> tup
 
     Raises ValueError if there are none, and for a condition for which their outputs are of no one batch.
     """
-    if "length" in cond.tensors:
+    if "length" in cond.tensors and not network.backbone.one_call:
         raise ValueError(
             "a GAN cannot read this network's features for prompts of different padded lengths, which take one "
             "call each; give prompts of one padded length, or --set method.gan_weight=0"

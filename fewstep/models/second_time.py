@@ -62,7 +62,7 @@ class SecondTime(Backbone):
 
     def __init__(self, inner: Backbone) -> None:
         super().__init__(inner.module)
-        self.inner = inner
+        self.inner, self.one_call = inner, inner.one_call
 
     def network_time(self, t: Tensor) -> Tensor:
         """As the plain network's."""

@@ -1,6 +1,7 @@
 """Teachers: pretrained diffusion models behind one bundle.  Closed-form ones need no weights."""
 
 from fewstep.teachers import (  # noqa: F401 - register teachers, families and networks in pieces
+    dit,
     fashion,
     flux,
     pixart,
@@ -11,6 +12,7 @@ from fewstep.teachers import (  # noqa: F401 - register teachers, families and n
     stable_diffusion,
     transformers,
     wan,
+    z_image,
 )
 from fewstep.teachers.base import TEACHERS, Teacher, TeacherCard, register_teacher
 from fewstep.teachers.closed_form import gaussian, mixture

@@ -107,7 +107,7 @@ class FewSteps:
     seeded: whether the scheduler draws its noise from the call's generator.  tells: the student's times on the
     network's scale [N] -> those that the pipeline can tell, by default whole ones.  gives: where its call's result is.
     packed: whether it carries latents as tokens, see `models.patches`: those that a call hands over, and the order of
-    the noise drawn between steps.
+    the noise drawn between steps.  asks: its call's first argument in Python, what is to be seen.
     """
 
     part: str
@@ -116,6 +116,7 @@ class FewSteps:
     tells: Callable[[Tensor], Tensor] = torch.round
     gives: Literal["images", "frames"] = "images"
     packed: bool = False
+    asks: Literal["prompt", "[label]"] = "prompt"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fewstep.registry import nearest
 from fewstep.teachers.base import TEACHERS, Reals, Teacher, TeacherCard
 from fewstep.teachers.fashion import WEIGHTS
 from fewstep.teachers.folders import check_folder, quiet
-from fewstep.teachers.pipelines import DTYPES, FAMILIES, check_options
+from fewstep.teachers.pipelines import DTYPES, FAMILIES, OF_CLASSES, check_options
 from fewstep.teachers.published import PUBLISHED, Published
 from fewstep.types import Condition
 
@@ -114,8 +114,10 @@ def _of_folder(folder: Path) -> Source:
     FAMILIES.get(family)
     part = "transformer" if (folder / "transformer").is_dir() else "unet"
     network, scheduler = _json(folder / part / "config.json"), _json(folder / "scheduler" / "scheduler_config.json")
-    vae, tokenizer = _json(folder / "vae" / "config.json"), _json(folder / "tokenizer" / "tokenizer_config.json")
-    tokens = min(tokenizer.get("model_max_length", CLIP_TOKENS), 1024)
+    vae, tokens = _json(folder / "vae" / "config.json"), 0
+    if family not in OF_CLASSES:
+        tokenizer = _json(folder / "tokenizer" / "tokenizer_config.json")
+        tokens = min(tokenizer.get("model_max_length", CLIP_TOKENS), 1024)
     stages = next(vae[name] for name in STAGES if name in vae)
     return Source(family, network, scheduler, tokens, 2 ** (len(stages) - 1))
 
@@ -144,6 +146,7 @@ def _pipe(source: Source, network: nn.Module) -> Any:
         unet=network,
         transformer=network,
         scheduler=scheduler,
+        labels={},
         vae=nn.Module(),  # it is off the device in training
         vae_scale_factor=source.vae_scale,
         vae_scale_factor_spatial=source.vae_scale,

@@ -29,6 +29,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IN_PIECES = frozenset({"CogView4Pipeline"})
 """Families whose network can be run in pieces, see `models.split`."""
 
+OF_CLASSES = frozenset({"DiTPipeline"})
+"""Families that are told a class, and bring all their classes as prompts."""
+
 
 def load_teacher(name_or_path: str, **options: Any) -> Teacher:
     """A teacher by registered name, local diffusers folder, file of the original layout, or hub id.
@@ -124,7 +127,7 @@ def check_options(family: str, source: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             raise ValueError(
                 f"teacher.{name}={options[name]!r}: {source!r} is a {family}, which takes no {name}; allowed are "
-                f"{', '.join(known)}"
+                f"{', '.join(known) or 'none'}"
             )
 
 

@@ -104,7 +104,9 @@ LINEAR_BETAS = {
     "prediction_type": "epsilon",
 }
 """PixArt's."""
+DDPM_BETAS = LINEAR_BETAS | {"_class_name": "DDIMScheduler", "clip_sample": False}
 SHIFTED_BY_3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+SHIFTED_BY_6 = SHIFTED_BY_3 | {"shift": 6.0}
 SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "use_dynamic_shifting": True,
     "base_shift": 0.5,
@@ -175,6 +177,20 @@ PUBLISHED = (
         "CreativeML Open RAIL++-M",
         2567,
         BETAS,
+    ),
+    Published(
+        "dit-xl-2-256",
+        "DiT-XL/2 of ImageNet's thousand classes, 256x256, eps",
+        "DiTPipeline",
+        "facebook/DiT-XL-2-256",
+        "eab87f77abd5aef071a632f08807fbaab0b704d0",
+        "CC-BY-NC-4.0",
+        750,
+        DDPM_BETAS,
+        tokens=0,
+        caution="its weights on the hub are pickles, which are not read: save a copy of its DiTPipeline by "
+        "save_pretrained, where that does no harm, and name it with --set teacher.source=FOLDER",
+        restrictions=("non-commercial",),
     ),
     Published(
         "pixart-sigma",
@@ -267,6 +283,17 @@ PUBLISHED = (
         6369,
         SHIFTED_BY_ROOT,
         tokens=1024,
+    ),
+    Published(
+        "z-image",
+        "Z-Image, not distilled, 1024x1024, flow",
+        "ZImagePipeline",
+        "Tongyi-MAI/Z-Image",
+        "04cc4abb7c5069926f75c9bfde9ef43d49423021",
+        "Apache-2.0",
+        6155,
+        SHIFTED_BY_6,
+        tokens=512,
     ),
     Published(
         "wan2.1-1.3b",

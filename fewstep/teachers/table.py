@@ -76,28 +76,32 @@ def few_steps(part: str, **call: Any) -> FewSteps:
     """For a pipeline that takes whole `timesteps`.  part: its network.  call: its other arguments."""
 
     def set_up(pipe: Any, _levels: Tensor, told: Tensor, stochastic: bool) -> dict[str, Any]:
-        from diffusers import DPMSolverMultistepScheduler, LCMScheduler
-
-        config = _of(
-            pipe.scheduler,
-            *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-            *("rescale_betas_zero_snr", "prediction_type"),
-        )
-        if stochastic:
-            # LCM blends x0 with x_t by c_skip = 1 / (1 + (2 scaling t)^2), nothing in float32 at this scaling and
-            # t >= 1; and every whole time is one of its own if it is said to come from as many steps as the table has.
-            pipe.scheduler = LCMScheduler(
-                **config,
-                clip_sample=False,
-                timestep_scaling=1e6,
-                original_inference_steps=config["num_train_timesteps"],
-            )
-        else:
-            # Of first order it is DDIM, and unlike DDIMScheduler it takes times as they are given.
-            pipe.scheduler = DPMSolverMultistepScheduler(**config, solver_order=1, final_sigmas_type="zero")
+        pipe.scheduler = student_scheduler(pipe.scheduler, stochastic)
         return {"timesteps": [int(t) for t in told.round().tolist()], "guidance_scale": 1.0, **call}
 
     return FewSteps(part, set_up, seeded=True)
+
+
+def student_scheduler(scheduler: Any, stochastic: bool) -> Any:
+    """A scheduler for a student's steps on the same table.  stochastic: with fresh noise between them.
+
+    Where a call names no times they are spaced evenly from the last one.
+    """
+    from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+
+    config = _of(
+        scheduler,
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+        *("rescale_betas_zero_snr", "prediction_type"),
+    )
+    if stochastic:
+        # LCM blends x0 with x_t by c_skip = 1 / (1 + (2 scaling t)^2), nothing in float32 at this scaling and t >= 1;
+        # and every whole time is one of its own if it is said to come from as many steps as the table has.
+        return LCMScheduler(
+            **config, clip_sample=False, timestep_scaling=1e6, original_inference_steps=config["num_train_timesteps"]
+        )
+    # Of first order it is DDIM, and unlike DDIMScheduler it takes times as they are given.
+    return DPMSolverMultistepScheduler(**config, solver_order=1, final_sigmas_type="zero", timestep_spacing="trailing")
 
 
 def _of(scheduler: Any, *names: str) -> dict[str, Any]:

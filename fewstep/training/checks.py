@@ -13,7 +13,7 @@ from fewstep.environment import device_of
 from fewstep.metrics.clip_score import WEIGHTS as CLIP_WEIGHTS
 from fewstep.models.perception import check_lpips
 from fewstep.teachers.base import TEACHERS, Teacher
-from fewstep.teachers.pipelines import IN_PIECES, is_place, pipeline_class
+from fewstep.teachers.pipelines import IN_PIECES, OF_CLASSES, is_place, pipeline_class
 from fewstep.teachers.published import Published
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import CONFIG
@@ -129,7 +129,7 @@ def check_brought(config: RunConfig, loaded: bool) -> None:
     if Path(source).exists():  # what is wrong with the folder comes first, and takes no time
         pipeline_class(config.teacher, config.teacher_options.get("source"))
         return
-    if not config.prompts:
+    if not config.prompts and pipeline_class(config.teacher) not in OF_CLASSES:
         raise ValueError(NO_PROMPTS.format(config.teacher))
     if "latents" in config.objective.needs and config.data is None:
         raise ValueError(_no_reals(config, config.teacher))

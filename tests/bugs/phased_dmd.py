@@ -73,7 +73,7 @@ MUTANTS = (
         "phased",
         "levels begin at 0 in every phase",
         OBJECTIVE,
-        "return law if s is None else Interval(law, low=float(s[0]))",
+        "return law if end == len(grid) else Interval(law, low=float(grid[end]))",
         "return law",
         (f"{TESTS}::test_levels_lie_between_the_phases_end_and_pure_noise",),
     ),

@@ -287,4 +287,13 @@ MUTANTS = (
         "eps = 1e-5",
         (EVERY_FORM,),
     ),
+    Mutant(
+        "tangents-complex",
+        "tangents",
+        "a result of complex numbers, as rotary embeddings make, loses its tangent without a word",
+        MODE,
+        "(x.is_floating_point() or x.is_complex())",
+        "x.is_floating_point()",
+        (BY_RULES,),
+    ),
 )

@@ -51,6 +51,10 @@ FUNCTIONS = {
     "interpolate": lambda x, y: F.interpolate(x, scale_factor=2.0, mode="linear") + y.repeat_interleave(2, -1),
     "by name": lambda x, y: torch.cat(tensors=[x, y], dim=1) + F.linear(input=x, weight=W).sum(),
     "second by name": lambda x, y: x.mul(other=y) + x.pow(exponent=2) + torch.div(x, other=2 + y * y).add_(other=y),
+    "rotary": lambda x, y: torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (3, 2))) * torch.polar(ROW[:3].abs(), ROW[3:])
+        + torch.complex(y, x)[..., :3]
+    ),
     "pad": lambda x, y: F.pad(x, (1, 1)),
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None] + 1),
     "attention of constants": lambda x, y: F.scaled_dot_product_attention(x[None], KEYS, KEYS, scale=0.3),

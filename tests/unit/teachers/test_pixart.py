@@ -107,6 +107,6 @@ def test_taps_are_the_pictures_tokens(teacher):
 
 
 def test_lora_file_is_refused_as_its_pipeline_loads_none(teacher, pipe, tmp_path):
-    with pytest.raises(ValueError, match="a PixArtSigmaPipeline loads no LoRA file"):
+    with pytest.raises(ValueError, match="a PixArtSigmaPipeline reads no LoRA files"):
         write_adapter(pipe, teacher, {}, LoRA(rank=2, alpha=2.0), "transformer", tmp_path / "lora", "lora")
     assert not (tmp_path / "lora").exists()

@@ -22,6 +22,7 @@ from fewstep.teachers.published import ARCHITECTURES, PUBLISHED, RESTRICTIONS, P
 from fewstep.teachers.wan import filmstrip
 from tests.tiny_pipeline import (
     build,
+    build_dit,
     build_flux,
     build_pixart,
     build_sana,
@@ -29,6 +30,7 @@ from tests.tiny_pipeline import (
     build_stable_diffusion,
     build_stable_diffusion_xl,
     build_wan,
+    build_z_image,
 )
 
 PARAMETERS = {
@@ -36,6 +38,7 @@ PARAMETERS = {
     "sd21-base": 865_910_724,
     "sd21": 865_910_724,
     "sdxl": 2_567_463_684,
+    "dit-xl-2-256": 749_826_464,
     "pixart-sigma": 610_856_096,
     "sd3-medium": 2_028_328_000,
     "sd35-medium": 2_243_171_520,
@@ -44,20 +47,25 @@ PARAMETERS = {
     "sana": 1_604_462_752,
     "sana-0.6b": 591_747_872,
     "cogview4": 6_369_118_272,
+    "z-image": 6_154_908_736,
     "wan2.1-1.3b": 1_418_996_800,
     "wan2.1-14b": 14_288_491_584,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1];
 PixArt-Sigma's 0.6 [arXiv:2403.04692]; with the table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as
-their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Wan's 1.4 and 14."""
+their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Z-Image's 6.15
+[arXiv:2511.22699], Wan's 1.4 and 14; DiT-XL/2's 675 million [arXiv:2212.09748, table 1] hold one embedding of time and
+class, and those of diffusers one for each of 28 blocks, 75 million more."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
     "PixArtSigmaPipeline": build_pixart,
     "StableDiffusion3Pipeline": build_sd3,
+    "DiTPipeline": build_dit,
     "FluxPipeline": build_flux,
     "SanaPipeline": build_sana,
     "CogView4Pipeline": build,
+    "ZImagePipeline": build_z_image,
     "WanPipeline": build_wan,
 }
 METHODS = {
@@ -173,16 +181,18 @@ def test_memory_savers_are_in_the_recipe_of_the_largest():
     assert (train.sharing, train.precision, train.gradient_checkpointing) == ("lora", "bf16", True)
 
 
-FROM_NOISE = {("wan2.1-1.3b", "sid"): {"init_sigma": None}}
-"""Its pipeline begins with pure noise."""
+FROM_NOISE = {(name, "sid"): {"init_sigma": None} for name in ("wan2.1-1.3b", "dit-xl-2-256")}
+"""Their pipelines begin with pure noise."""
 SIZES = {
     "sd15": {},
+    "dit-xl-2-256": {},
     "sdxl": {"resolution": 24},
     "pixart-sigma": {"resolution": 24},
     "sd3-medium": {"resolution": 24},
     "flux-dev": {"resolution": 24},
     "sana": {"resolution": 64},
     "cogview4": {"resolution": 32},
+    "z-image": {"resolution": 24},
     "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
 }
 
@@ -194,13 +204,14 @@ SIZES = {
 def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
     """Three iterations, samples, export; and diffusers makes the same pictures or frames of the exported folder.
 
-    At sd15's own size, and at another of the others.
+    At its own size, of which alone DiT and sd15 are here, or at another.
     """
     if method == "tbcm" and sharing == "lora-fake":
         pytest.skip("there is no fake score")
     published = TEACHERS.get(name)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a photo of a bag\na coat\n")
+    shown = "goldfish" if name == "dit-xl-2-256" else "a coat"
+    prompts.write_text(f"{shown}\n{'207' if name == 'dit-xl-2-256' else 'a photo of a bag'}\n")
     teacher = load_teacher(name, source=str(tiny(published.pipeline)), **SIZES[name])
     rates = {"lr": 1e-2, "warmup": 0}
     train = {
@@ -211,10 +222,10 @@ def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
         teacher, method, iterations=3, batch_size=2, prompts=str(prompts), out=tmp_path / "run", train=train,
         **METHODS[method] | FROM_NOISE.get((name, method), {}),
     )  # fmt: skip
-    ours = run.student.sample(1, ["a coat"], 7)
+    ours = run.student.sample(1, [shown], 7)
     folder = export_run(run.out, tmp_path / "student")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
-    names = {"folder": folder, "prompt": "a coat", "seed": 7}
+    names = {"folder": folder, "prompt": shown, "label": 1, "seed": 7}
     exec(re.sub(r"\)\.(images|frames)\[0\]", r", output_type='pt').\1[0]", code), names)
     theirs = names["image"] if "image" in names else filmstrip(names["video"].transpose(0, 1)[None])[0]
     assert (2 * theirs - 1 - ours[0]).abs().max() < 1e-4
