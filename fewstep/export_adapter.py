@@ -31,7 +31,7 @@ def write_adapter(
     from diffusers.loaders.lora_base import LoraBaseMixin
     from safetensors.torch import save_file
 
-    if not isinstance(pipe, LoraBaseMixin):
+    if not issubclass(type(pipe), LoraBaseMixin):
         raise ValueError(
             f"a {type(pipe).__name__} reads no LoRA files; export the student as a pipeline, whose weights hold it"
         )

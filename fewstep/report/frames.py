@@ -39,7 +39,9 @@ def _chosen(previews: Mapping[int, Path], best: int | None) -> Sequence[int]:
     if len(have) <= FRAMES:
         return have
     spread = {have[round(i * (len(have) - 1) / (FRAMES - 2))] for i in range(FRAMES - 1)}
-    return sorted(spread | {best} if best in previews else spread)
+    if best is not None and best in previews:
+        spread.add(best)
+    return sorted(spread)
 
 
 @lru_cache(maxsize=1024)  # a run that goes on is looked at again and again

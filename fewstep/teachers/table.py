@@ -55,7 +55,7 @@ def ddim_grid(scheduler: Any) -> Callable[[int], Tensor]:
     """
     from diffusers import DDIMScheduler
 
-    ddim = DDIMScheduler(
+    ddim: Any = DDIMScheduler(
         **_of(scheduler, "num_train_timesteps", "timestep_spacing", "steps_offset", "set_alpha_to_one")
     )
     last = len(scheduler.alphas_cumprod) - 1
