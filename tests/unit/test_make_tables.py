@@ -1,0 +1,110 @@
+"""Tables of results: what is compared with what, what is bold, and that every format says the same."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from eval.make_tables import FORMATS, Line, comma, latex, main, markdown, over_trainings, read, tables
+
+
+def line(name, protocol="a" * 64, n=10_000, seeds=1, spread=None, **figures):
+    return Line(name, 1, figures, n, protocol, seeds, spread or {})
+
+
+def result(name, fmd, seed=0):
+    row = {"figures": {"fmd": fmd, "recall": 0.5}, "spread": {"fmd": 0.1}, "n": 10_000, "seeds": 3}
+    return {"name": name, "seed": seed, "nfe": 4.0, "protocol_hash": "a" * 64, "student": row}
+
+
+def test_best_of_a_column_is_bold_either_way():
+    (table,) = tables([line("low", fmd=1.0, recall=0.3, nearest=2.0), line("high", fmd=2.0, recall=0.9, nearest=1.0)])
+    assert table.head == ("model", "NFE", "FMD ↓", "recall ↑", "nearest")
+    assert table.bold == {(0, 2), (1, 3)}  # nearest has no better
+    text = markdown([table])
+    assert "| low | 1 | **1** | 0.3 | 2 |" in text and "| high | 1 | 2 | **0.9** | 1 |" in text
+
+
+def test_a_lone_figure_and_one_that_is_not_finite_are_not_best():
+    (table,) = tables([line("a", fmd=float("nan"), recall=0.1), line("b", fmd=1.0)])
+    assert table.bold == frozenset()
+
+
+def test_protocols_do_not_share_a_table():
+    """Fails if rows are put together by figure alone."""
+    found = tables([line("a", fmd=1.0), line("b", protocol="b" * 64, fmd=0.5)])
+    assert [table.rows[0][0] for table in found] == ["a", "b"]
+    assert [table.notes[-1] for table in found] == ["protocol aaaaaaaaaaaa", "protocol bbbbbbbbbbbb"]
+    assert all(table.bold == frozenset() for table in found)
+
+
+def test_notes_tell_lines_of_other_sample_counts_apart():
+    (table,) = tables(
+        [line("a", fmd=1.0), line("b", n=2000, seeds=3, spread={"fmd": 0.25}, fmd=1.0), line("c", fmd=3.0)]
+    )
+    assert [row[0] for row in table.rows] == ["a¹", "b²", "c¹"]
+    assert table.notes[:2] == ("¹ 10,000 samples", "² 3 x 2,000 samples; mean ± deviation over the sets")
+    assert table.rows[1][2] == "1 ± 0.25"
+
+
+def test_seeds_of_training_become_one_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    found = [result("tmd", 1.0), result("tmd-seed1", 2.0, 1), result("tmd-seed2", 3.0, 2), result("sid", 5.0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    tmd, sid = over_trainings(read(path))
+    assert (tmd.name, tmd.trainings, tmd.figures["fmd"], tmd.spread["fmd"]) == ("tmd", 3, 2.0, 1.0)
+    assert (sid.name, sid.trainings, sid.spread["fmd"]) == ("sid", 1, 0.1)
+    assert len(read(path)) == 4
+
+
+def test_the_newest_line_of_a_name_counts(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(result("tmd", 1.0)) + "\n" + json.dumps(result("tmd", 2.0)) + "\n")
+    assert [found.figures["fmd"] for found in read(path)] == [2.0]
+
+
+def test_runs_of_one_teacher_show_it_once(tmp_path):
+    lines = []
+    for name in ("first", "second"):
+        teacher = {"model": "teacher", "steps": 50, "n": 10, "seeds": 1, "stored": True, "figures": {"fmd": 1.0}}
+        student = teacher | {"model": "student", "steps": 1, "stored": False}
+        rows = [row | {"spread": None} for row in (teacher, student)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").write_text(json.dumps({"rows": rows, "protocol_hash": "a" * 64}))
+        lines += read(tmp_path / name)
+    (table,) = tables(lines)
+    assert [row[0] for row in table.rows] == ["teacher", "first: student", "second: student"]
+
+
+def test_every_format_says_the_same():
+    found = tables([line("a_b & c", fmd=1.0, spread={"fmd": 0.5}, recall=0.5), line("d", fmd=2.0, recall=0.25)])
+    assert r"a\_b \& c & 1 & \textbf{1 $\pm$ 0.5} & \textbf{0.5} \\" in latex(found) and r"$\downarrow$" in latex(found)
+    assert '<th scope="row">a_b &amp; c</th><td>1</td><td><strong>1 ± 0.5</strong></td>' in FORMATS["html"](found)
+    head, first, second = csv.reader(io.StringIO(comma(found)))
+    assert head == ["protocol", "model", "NFE", "FMD", "recall"]
+    assert first == ["aaaaaaaaaaaa", "a_b & c", "1", "1 ± 0.5", "0.5"] and second[1] == "d"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder / "none.jsonl", "there is no"),
+        (lambda folder: folder, "measure it first: fewstep eval"),
+        (lambda folder: _written(folder / "odd.jsonl", '{"name": 1}\n'), "holds no results: KeyError"),
+        (lambda folder: _written(folder / "odd.jsonl", "{"), "holds no results: JSONDecodeError"),
+    ],
+)
+def test_what_holds_no_results_is_said(tmp_path, monkeypatch, capsys, make, words):
+    monkeypatch.setattr("sys.argv", ["make_tables", str(make(tmp_path))])
+    assert main() == 2 and words in capsys.readouterr().err
+
+
+def _written(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_unknown_figure_is_said_with_those_there_are():
+    with pytest.raises(ValueError, match="no result has the figure 'fid'; there are fmd, recall"):
+        tables([line("a", fmd=1.0, recall=0.5)], ["fid"])
