@@ -37,7 +37,7 @@ TEXTS = {
 
 MAY_CHANGE = (
     *("iterations", "device", "prompt_cache", "offload_teacher"),
-    *("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard"),
+    *("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard", "trackers"),
 )
 """Fields of `train` that a resumed run may set anew; anything else would make it another run."""
 

@@ -229,5 +229,8 @@ def check_surroundings(config: TrainConfig) -> None:
             f"train.{eight[0]}.kind = 'adamw8bit' needs a CUDA device (bitsandbytes has no such kernels for the CPU); "
             "give adamw"
         )
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise ValueError(f"train.trackers has {name!r}, which needs the package: pip install {name}")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the package: pip install tensorboard")

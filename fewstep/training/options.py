@@ -9,6 +9,7 @@ from fewstep.environment import check_device
 from fewstep.models.adapters import LoRA
 from fewstep.models.attention import Attention
 from fewstep.models.trio import Sharing
+from fewstep.training.boards import BOARDS, Board
 from fewstep.training.embeddings import Where
 from fewstep.training.optim import OptimConfig
 
@@ -37,6 +38,7 @@ class TrainConfig:
     critic: OptimConfig = OptimConfig()
     ema: float = 0.0  # decay of the averaged student, 0 = none; DMD2 uses none
     tensorboard: bool = False  # beside metrics.jsonl, into <out>/tensorboard
+    trackers: tuple[Board, ...] = ()  # services that hear of the figures too: wandb, trackio
     log_every: int = 20
     evaluate_every: int = 200
     evaluate_samples: int = 1000  # behind the running figure by which the best checkpoint is chosen
@@ -58,6 +60,8 @@ class TrainConfig:
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         check_device(self.device)
+        if unknown := [name for name in self.trackers if name not in BOARDS]:
+            raise ValueError(f"trackers: {unknown[0]!r} is not known; allowed: {', '.join(BOARDS)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.offload_teacher and self.sharing != "copies":

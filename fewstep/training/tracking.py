@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class Tracker:
 
     Rows after the resumed iteration are dropped first, by the main process, so that a resumed run's file is that of an
     unbroken one.  tensorboard: write the figures for TensorBoard too, into <out>/tensorboard.
+    boards: trackers of accelerate's that hear of them as well, see `boards`.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Tracker:
         seconds: float = 0.0,
         main: bool = True,
         tensorboard: bool = False,
+        boards: Sequence[Any] = (),
     ) -> None:
         self.path = out / "metrics.jsonl"
         self._console = console
@@ -41,6 +43,7 @@ class Tracker:
         self._earlier = seconds
         self._progress: Progress | None = None
         self._board: Any = None
+        self._boards = boards
         self._advised: set[str] = set()
         if main:
             self._truncate(start)
@@ -77,6 +80,8 @@ class Tracker:
             self._progress.stop()
         if self._board is not None:
             self._board.close()
+        for board in self._boards:
+            board.finish()
 
     def advance(self, iteration: int) -> None:
         """`iteration` iterations are done."""
@@ -91,6 +96,8 @@ class Tracker:
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, iteration)
+        for board in self._boards:
+            board.log(dict(row), step=iteration)
         if images is not None:
             self._show(iteration, row, images)
 

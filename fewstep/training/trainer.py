@@ -23,6 +23,7 @@ from fewstep.models.trio import Trio
 from fewstep.objectives.base import Objective
 from fewstep.rng import Rng, key
 from fewstep.training import checkpoint, fsdp, parallel
+from fewstep.training.boards import open_board
 from fewstep.training.data import PromptData
 from fewstep.training.optim import build_optimizer, learning_rate
 from fewstep.training.options import TrainConfig
@@ -93,7 +94,9 @@ class Trainer:
         start, total = self.progress.iteration, self.config.iterations
         main = self.accelerator.is_main_process
         console = self.console if main else Console(quiet=True)
-        more = {"seconds": self.progress.seconds, "tensorboard": self.config.tensorboard, "main": main}
+        more: dict[str, Any] = {"seconds": self.progress.seconds, "tensorboard": self.config.tensorboard, "main": main}
+        if main and self.config.trackers:
+            more["boards"] = [open_board(name, self.out, asdict(self.config)) for name in self.config.trackers]
         tracker = Tracker(self.out, total=total, start=start, console=console, **more)
         with tracker as self.tracker, stop_signals() as caught:
             for iteration in range(start, total):

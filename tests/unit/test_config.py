@@ -114,7 +114,13 @@ def test_differences_are_keys_with_both_values():
 
 def test_differences_leave_out_what_a_resume_may_change():
     old = resolve(given=TOY).to_dict()
-    values = {"device": "cpu", "tensorboard": "true", "prompt_cache": "disk", "offload_teacher": "true"}
+    values = {
+        "device": "cpu",
+        "tensorboard": "true",
+        "prompt_cache": "disk",
+        "offload_teacher": "true",
+        "trackers": "[wandb]",
+    }
     new = resolve(given=TOY, sets=[f"train.{name}={values.get(name, 7)}" for name in MAY_CHANGE])
     assert differences(old, new.to_dict()) == []
 
