@@ -47,7 +47,9 @@ Checkpointing = Annotated[
 ]
 Resolution = Annotated[Number, typer.Option(help="Pixels of a side; by default those the teacher was trained at.")]
 Gpus = Annotated[int, typer.Option(help="GPUs among which the global batch is divided.")]
-Fsdp = Annotated[bool, typer.Option("--fsdp", help="Estimate weights and optimiser states divided among the GPUs.")]
+Fsdp = Annotated[
+    bool, typer.Option("--fsdp", help="Weights, averages, gradients and optimiser states divided among the GPUs.")
+]
 GpuMemory = Annotated[
     float | None, typer.Option(help="GiB of one GPU; if it does not fit, what to change is looked for.")
 ]

@@ -25,8 +25,10 @@ class Fused:
     Ops are overridden for the meta device alone, below Python: a recomputation in a backward pass meets them too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: Callable[[Tensor], None] = lambda copy: None) -> None:
+        """keeps: told of each kept copy of a weight."""
         self._casts: dict[int, Tensor] = {}
+        self._keeps = keeps
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -71,6 +73,7 @@ class Fused:
             return x.to(dtype)
         if id(x) not in self._casts:
             self._casts[id(x)] = x.to(dtype)
+            self._keeps(self._casts[id(x)])
         return self._casts[id(x)]
 
     def forget(self) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-Category = Literal["weights", "gradients", "optimiser", "ema", "activations"]
-"""Whose memory it is; activations are all that nobody claimed, temporaries of a loss too."""
+Category = Literal["weights", "gradients", "optimiser", "ema", "gathered", "activations"]
+"""Whose memory it is; gathered is what FSDP has whole at a time, activations are all that nobody claimed, temporaries
+of a loss too."""
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from fewstep.config import RunConfig
+from fewstep.models.sharding import gathered
 from fewstep.planning.device import Fused
 from fewstep.planning.ledger import Category, Ledger, Peak
 from fewstep.teachers.outline import outline, size_of
+from fewstep.training import fsdp
 from fewstep.training.options import TrainConfig
 from fewstep.training.rehearsal import Rehearsal, rehearse
 from fewstep.types import Turn
@@ -46,7 +48,7 @@ class Plan:
 
     size: pixels of a sample, (height, width) or (frames, height, width).  parameters, trained: numbers by role.  parts:
     by turn.
-    gpus, sharded: FSDP divides weights, gradients and optimiser states among them.
+    gpus, sharded: FSDP divides weights, gradients and optimiser states among them.  gathered: bytes that it has whole.
     """
 
     config: RunConfig
@@ -57,11 +59,18 @@ class Plan:
     parts: dict[Turn, Part]
     gpus: int = 1
     sharded: bool = False
+    gathered: int = 0
 
     def bytes(self, turn: Turn) -> dict[Category, int]:
         """At the peak of a turn, by category, on one GPU."""
         held = self.parts[turn].peak.bytes
-        return {kind: size // self.gpus if self.sharded and kind in SHARDED else size for kind, size in held.items()}
+        if not self.sharded:
+            return dict(held)
+        parts: dict[Category, int] = {
+            kind: size // self.gpus if kind in SHARDED else size for kind, size in held.items()
+        }
+        parts["gathered"] = self.gathered
+        return parts
 
     @property
     def peak(self) -> int:
@@ -97,7 +106,7 @@ def plan(config: RunConfig, *, gpus: int = 1, sharded: bool = False, device: str
     )
     trainer = rehearse(replace(config, train=train, student=None), teacher)
     again, found = config.train.accumulate / repeats, {}
-    for turn, peak, calls in _iteration(trainer, foreach=device == "cuda"):
+    for turn, peak, calls in _iteration(trainer, foreach=device == "cuda", sharded=sharded):
         each = {role: count // repeats for role, count in calls.items()}
         found[turn] = Part(peak, peak.flops * again, each, _share(trainer, turn))
     players = {role: player for networks in trainer.players.values() for role, player in networks.items()}
@@ -110,13 +119,23 @@ def plan(config: RunConfig, *, gpus: int = 1, sharded: bool = False, device: str
         found,
         gpus,
         sharded,
+        _gathered(trainer) if sharded else 0,
     )
 
 
-def _iteration(trainer: Rehearsal, *, foreach: bool) -> Iterator[tuple[Turn, Peak, Counter[str]]]:
+def _gathered(trainer: Rehearsal) -> int:
+    """Bytes that FSDP has whole on a GPU: the weights at work, those on their way, and gradients of what trains."""
+    trained = [network for networks in trainer.players.values() for network in networks.values()]
+    dtypes = fsdp.gathered([trainer.trio.real_score], trained, trainer.config.precision == "bf16")
+    frozen = trainer.trio.real_score.networks()
+    return max((2 if m in frozen else 3) * gathered(m, dtype) for m, dtype in dtypes.items())
+
+
+def _iteration(trainer: Rehearsal, *, foreach: bool, sharded: bool) -> Iterator[tuple[Turn, Peak, Counter[str]]]:
     """Each player's update in turn: its peak and the calls of networks."""
-    fused = Fused()
     ledger, calls = Ledger(), Counter()
+    # Of sharded networks autocast copies no weights: those that it would copy are gathered in its dtype.
+    fused = Fused(lambda copy: ledger.claim([copy], "gathered")) if sharded else Fused()
     trio, last = trainer.trio, trainer.config.iterations - 1
     ledger.claim(_tensors(trainer.ema.denoiser), "ema")
     if trainer.offload is not None:  # its weights are made anew at each visit
@@ -184,6 +203,8 @@ def _check(config: RunConfig, gpus: int, sharded: bool) -> None:
         raise ValueError(f"gpus must be >= 1, got {gpus}")
     if sharded and gpus == 1:
         raise ValueError("--fsdp divides weights among several GPUs; give --gpus too")
+    if sharded:
+        fsdp.check_request(config)
     train: TrainConfig = config.train
     if train.batch_size % (train.accumulate * gpus):
         raise ValueError(

@@ -57,7 +57,8 @@ def table_of(made: Plan) -> Group:
     table = Table(f"at the peak, {unit}", *(Column(f"{turn}'s turn", justify="right") for turn in made.parts))
     held = [made.bytes(turn) for turn in made.parts]
     for kind in CATEGORIES:
-        table.add_row(kind, *(f"{bytes[kind] / size:,.2f}" for bytes in held))
+        if made.sharded or kind != "gathered":
+            table.add_row(kind, *(f"{bytes[kind] / size:,.2f}" for bytes in held))
     table.add_row("all", *(f"{sum(bytes.values()) / size:,.2f}" for bytes in held), end_section=True)
     table.add_row("activations, at their most", *(f"{p.peak.activations / size:,.2f}" for p in made.parts.values()))
     roles = sorted({role for part in made.parts.values() for role in part.calls})
@@ -77,7 +78,10 @@ def table_of(made: Plan) -> Group:
         OFF,
     ]
     if made.sharded:
-        lines.append(f"An estimate: {', '.join(SHARDED)} divided by {made.gpus}, as by FSDP; this version has none.")
+        lines.append(
+            f"FSDP2: {', '.join(SHARDED)} divided by {made.gpus}; gathered: the largest block whole, the next one, and "
+            "its gradient. The loaded teacher stays in each process's host memory."
+        )
     return Group(lines[0], lines[1], table, *lines[2:])
 
 

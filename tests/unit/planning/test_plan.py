@@ -93,7 +93,19 @@ def test_bf16_halves_activations_but_not_the_weights_that_train():
 def test_fsdp_divides_all_but_activations():
     one, four = planned("train.batch_size=4"), planned("train.batch_size=16", gpus=4, sharded=True)
     for kind, size in one.bytes("critic").items():
-        assert four.bytes("critic")[kind] == pytest.approx(size if kind == "activations" else size / 4, rel=0.01)
+        if kind != "gathered":
+            assert four.bytes("critic")[kind] == pytest.approx(size if kind == "activations" else size / 4, rel=0.01)
+    assert one.gathered == 0 < four.gathered < one.bytes("critic")["weights"] / 3
+
+
+def test_fsdp_gathers_blocks_in_bf16_and_keeps_no_casts():
+    """Of a run in bf16 autocast keeps a copy of every weight of a forward; what FSDP gathers needs none."""
+    sets = ("train.batch_size=4", "train.precision=bf16")
+    whole, half = planned(*sets, gpus=2), planned(*sets, gpus=2, sharded=True)
+    full = planned(*sets[:1], gpus=2, sharded=True).gathered
+    assert half.gathered == full * 2 / 3  # twice a block of the teacher's own float32; full: thrice of what trains
+    most = [made.parts["critic"].peak.activations for made in (whole, half)]
+    assert most[0] - most[1] == pytest.approx(2 * UNET, rel=0.1)  # the fake score's, 2 bytes each; norms are not cast
 
 
 @pytest.mark.parametrize(
