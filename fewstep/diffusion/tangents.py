@@ -65,7 +65,7 @@ class Tangents(TorchFunctionMode):
             return self._in_place(name.rstrip("_").lstrip("_"), func, args, kwargs)
         out = func(*args, **kwargs)
         found = out if isinstance(out, (tuple, list)) else (out,)
-        if any(isinstance(x, Tensor) and x.is_floating_point() for x in found):
+        if any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in found):
             with torch.no_grad():
                 self.remember(out, self._by_rule(name, func, out, args, kwargs))
         elif name == "to":

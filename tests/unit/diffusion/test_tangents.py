@@ -19,6 +19,7 @@ KERNEL = torch.randn(2, 4, 3, 3, generator=G, dtype=torch.float64)
 BIAS = torch.randn(2, generator=G, dtype=torch.float64)
 ROW = torch.randn(6, generator=G, dtype=torch.float64)
 KEYS = torch.randn(1, 3, 4, 6, generator=G, dtype=torch.float64)
+TURN = torch.polar(torch.ones(3, dtype=torch.float64), ROW[:3])
 FOUR = torch.randn(4, generator=G, dtype=torch.float64)
 
 FUNCTIONS = {
@@ -51,6 +52,7 @@ FUNCTIONS = {
     "interpolate": lambda x, y: F.interpolate(x, scale_factor=2.0, mode="linear") + y.repeat_interleave(2, -1),
     "by name": lambda x, y: torch.cat(tensors=[x, y], dim=1) + F.linear(input=x, weight=W).sum(),
     "second by name": lambda x, y: x.mul(other=y) + x.pow(exponent=2) + torch.div(x, other=2 + y * y).add_(other=y),
+    "complex": lambda x, y: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2))) * TURN).flatten(2) + y,
     "pad": lambda x, y: F.pad(x, (1, 1)),
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None] + 1),
     "attention of constants": lambda x, y: F.scaled_dot_product_attention(x[None], KEYS, KEYS, scale=0.3),
