@@ -33,6 +33,7 @@ from tests.bugs import (
     swiftbrush,
     tangents,
     tbcm,
+    teachers,
     tmd,
 )
 from tests.bugs.mutant import Mutant
@@ -62,6 +63,7 @@ FILES = (
     swiftbrush,
     tangents,
     tbcm,
+    teachers,
     tmd,
 )
 MUTANTS = tuple(mutant for file in FILES for mutant in file.MUTANTS)

@@ -24,6 +24,7 @@ from tests.tiny_pipeline import (
     build,
     build_flux,
     build_pixart,
+    build_qwen,
     build_sana,
     build_sd3,
     build_stable_diffusion,
@@ -44,12 +45,14 @@ PARAMETERS = {
     "sana": 1_604_462_752,
     "sana-0.6b": 591_747_872,
     "cogview4": 6_369_118_272,
+    "qwen-image": 20_430_401_088,
     "wan2.1-1.3b": 1_418_996_800,
     "wan2.1-14b": 14_288_491_584,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1];
 PixArt-Sigma's 0.6 [arXiv:2403.04692]; with the table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as
-their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Wan's 1.4 and 14."""
+their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Qwen-Image's 20,
+Wan's 1.4 and 14."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
@@ -58,6 +61,7 @@ TINY = {
     "FluxPipeline": build_flux,
     "SanaPipeline": build_sana,
     "CogView4Pipeline": build,
+    "QwenImagePipeline": build_qwen,
     "WanPipeline": build_wan,
 }
 METHODS = {
@@ -183,6 +187,7 @@ SIZES = {
     "flux-dev": {"resolution": 24},
     "sana": {"resolution": 64},
     "cogview4": {"resolution": 32},
+    "qwen-image": {"resolution": 24},
     "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
 }
 
