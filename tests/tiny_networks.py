@@ -84,6 +84,30 @@ def flux(layers: int = 1, heads: int = 4, side: int = 8) -> Any:
     return network, lambda x, t: network(hidden_states=x, timestep=t, **told)[0], (side * side, 16)
 
 
+def qwen(layers: int = 2, heads: int = 4, side: int = 4) -> Any:
+    """Qwen-Image: joint attention, complex rotary positions, texts of several lengths behind a mask."""
+    from diffusers import QwenImageTransformer2DModel
+
+    network = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=heads,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    mask = torch.ones(BATCH, TEXT, dtype=torch.bool)
+    mask[1, 4:] = False
+    told = {
+        "encoder_hidden_states": _text(),
+        "encoder_hidden_states_mask": mask,
+        "img_shapes": [[(1, side, side)]] * BATCH,
+        "return_dict": False,
+    }
+    return network, lambda x, t: network(hidden_states=x, timestep=t, **told)[0], (side * side, 16)
+
+
 def wan(layers: int = 2, heads: int = 4, frames: int = 3, size: int = 8) -> Any:
     """Wan 2.1: video latents."""
     from diffusers import WanTransformer3DModel
@@ -191,6 +215,7 @@ def unet() -> Any:
 FAMILIES: dict[str, Callable[..., Any]] = {
     "sd3": sd3,
     "flux": flux,
+    "qwen": qwen,
     "wan": wan,
     "sana": sana,
     "pixart": pixart,

@@ -269,6 +269,44 @@ def build_sana(folder: Path, *, seed: int = 0, scheduler: Any = None, **settings
     return folder
 
 
+def build_qwen(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
+    """Write a QwenImagePipeline: latents of the same channels, colour pictures four times their size.  Returns it.
+
+    By default it makes pictures of 128 latents a side, as every QwenImagePipeline.
+    scheduler: further settings of FlowMatchEulerDiscreteScheduler.
+    """
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(16)
+    words: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+    }  # fmt: skip
+    sights: dict[str, Any] = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    marks: dict[str, Any] = {f"{name}_token_id": 1 for name in ("image", "video", "vision_start", "vision_end")}
+    text = Qwen2_5_VLConfig(text_config=words, vision_config=sights, **marks)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=4 * LATENTS[0], out_channels=LATENTS[0], num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=LATENTS[0], dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.7, 1.5, 1.0, 2.0],
+    )  # fmt: skip
+    shifted = {"use_dynamic_shifting": True, "shift_terminal": 0.02, "max_image_seq_len": 8192, "max_shift": 0.9}
+    noise = diffusers.FlowMatchEulerDiscreteScheduler(**(shifted | scheduler))
+    pipe = diffusers.QwenImagePipeline(noise, vae, Qwen2_5_VLForConditionalGeneration(text), tokenizer, transformer)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 FILM = (4, 2, 4, 4)
 """Latents of five frames of 16x16."""
 

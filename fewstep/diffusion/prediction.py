@@ -29,6 +29,14 @@ _SOLVE: Mapping[tuple[str, str], Callable[[Tensor, Tensor], tuple[Tensor | float
     ("flow", "v"): lambda a, s: (a - s, a**2 + s**2, a + s),
 }
 
+Guide = Callable[[Tensor, Tensor, float], Tensor]
+"""(c, u, scale) -> the guided raw output of c, with the prompt, and u, with the empty one: all [B, ...]."""
+
+
+def extrapolated(c: Tensor, u: Tensor, scale: float) -> Tensor:
+    """u + scale (c - u)     [CFG, arXiv:2207.12598]"""
+    return u + scale * (c - u)
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -38,6 +46,7 @@ class Prediction:
 
     raw, x_t: [B, ...], any float dtype.  t: [B] float32 in [0, 1], 0 = data.  Every view: [B, ...] in raw's dtype,
     float32 at least; raw and x_t are raised to it before any difference.
+    taps: features for a GAN's head, by name.  guide: how its network's family guides.
     Not finite, and not clamped, because the views do not exist there: x0, v, flow of an eps network where alpha = 0
     (rectified flow, TrigFlow at t = 1); eps, v, flow of an x0 network where sigma = 0 (the same two at t = 0); score
     wherever sigma = 0.
@@ -49,6 +58,7 @@ class Prediction:
     kind: Kind
     schedule: NoiseSchedule
     taps: Mapping[str, Tensor] = field(default_factory=dict)
+    guide: Guide = extrapolated
 
     def __post_init__(self) -> None:
         check_kind(self.kind)

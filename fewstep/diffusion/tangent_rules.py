@@ -237,7 +237,7 @@ T H mT mH view view_as reshape reshape_as permute transpose t swapaxes swapdims 
 flatten unflatten contiguous to float double half bfloat16 type type_as expand expand_as repeat repeat_interleave tile
 chunk split split_with_sizes tensor_split unbind __getitem__ select narrow index_select gather roll flip clone neg
 positive __neg__ sum mean cumsum diagonal tril triu unfold fold pixel_shuffle pixel_unshuffle broadcast_to real alias
-interpolate
+interpolate view_as_complex view_as_real
 """
 """Linear in their first argument, which may be all that moves."""
 RULES: dict[str, Rule] = {

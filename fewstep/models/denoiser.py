@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion import NoiseSchedule, Prediction
+from fewstep.diffusion.prediction import extrapolated
 from fewstep.models.adapters import OWN, adapted, load_own, merged, own_parts, own_weights
 from fewstep.models.sharding import spread_state
 from fewstep.types import Condition, Kind
@@ -66,6 +67,13 @@ class Backbone(nn.Module, ABC):
         x: the network's input.
         """
         return output if isinstance(output, Tensor) else output[0]
+
+    def guide(self, c: Tensor, u: Tensor, scale: float) -> Tensor:
+        """What the family's pipeline makes of c, the raw output with the prompt, and u, with the empty one: [B, ...].
+
+        float32 or better.  By default classifier-free guidance as it is.
+        """
+        return extrapolated(c, u, scale)
 
     def plain_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state of `module` without what was added to it, for one-step use in the network's own pipeline.
@@ -143,7 +151,7 @@ class Denoiser(Player):
             raise ValueError(f"t must be [B] = [{x_t.shape[0]}], got {list(t.shape)}; expand a scalar time yourself")
         with _tapped(self.backbone, taps, x_t) as found, uncompiled() if taps else nullcontext():
             raw = self.backbone(x_t.to(self.backbone.dtype), self.backbone.network_time(t), cond)
-        return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found))
+        return Prediction(raw, x_t, t, self.predicts, self.schedule, taps=dict(found), guide=self.backbone.guide)
 
     @property
     def own(self) -> nn.ModuleDict:

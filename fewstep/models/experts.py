@@ -61,7 +61,7 @@ class Experts(Denoiser):
         for index in called:
             rows = (owner == index).nonzero()[:, 0]
             raw[rows] = self.expert(index)(x_t[rows], t[rows], cond[rows]).raw.to(raw.dtype)
-        return Prediction(raw, x_t, t, self.predicts, self.schedule)
+        return Prediction(raw, x_t, t, self.predicts, self.schedule, guide=self.backbone.guide)
 
     def expert(self, index: int) -> Denoiser:
         """One of them, 0 for the noisiest levels."""

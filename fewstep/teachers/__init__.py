@@ -7,6 +7,7 @@ from fewstep.teachers import (  # noqa: F401 - register teachers, families and n
     pixart,
     point_split,
     published,
+    qwen,
     sana,
     sd3,
     stable_diffusion,

@@ -114,6 +114,12 @@ SHIFTED_BY_SIZE = SHIFTED_BY_3 | {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
+SHIFTED_TO_AN_END = SHIFTED_BY_SIZE | {
+    "shift": 1.0,
+    "max_shift": 0.9,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+}
 SHIFTED_BY_ROOT = {  # linearly, by the root of the number of tokens
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "use_dynamic_shifting": True,
@@ -293,6 +299,17 @@ PUBLISHED = (
         "Apache-2.0",
         6155,
         SHIFTED_BY_6,
+        tokens=512,
+    ),
+    Published(
+        "qwen-image",
+        "Qwen-Image, 20 billion, 1024x1024, flow",
+        "QwenImagePipeline",
+        "Qwen/Qwen-Image",
+        "75e0b4be04f60ec59a75f475837eced720f823b6",
+        "Apache-2.0",
+        20430,
+        SHIFTED_TO_AN_END,
         tokens=512,
     ),
     Published(

@@ -50,6 +50,18 @@ MUTANTS = (
         (BY_RULES, f"{OF_JVP}::test_embedded_teachers"),
     ),
     Mutant(
+        "tangents-complex",
+        "tangents",
+        "a complex tensor stands still, and with it what rotary positions turn",
+        MODE,
+        "(x.is_floating_point() or x.is_complex())",
+        "x.is_floating_point()",
+        (
+            BY_RULES,
+            "tests/unit/diffusion/test_tangent_networks.py::test_the_tangent_is_that_of_dual_numbers_and_of_differences",
+        ),
+    ),
+    Mutant(
         "tangents-stale",
         "tangents",
         "a view keeps its tangent when its memory changes",

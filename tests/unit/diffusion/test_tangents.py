@@ -19,6 +19,7 @@ KERNEL = torch.randn(2, 4, 3, 3, generator=G, dtype=torch.float64)
 BIAS = torch.randn(2, generator=G, dtype=torch.float64)
 ROW = torch.randn(6, generator=G, dtype=torch.float64)
 KEYS = torch.randn(1, 3, 4, 6, generator=G, dtype=torch.float64)
+TURN = torch.polar(torch.ones(3, dtype=torch.float64), ROW[:3])
 FOUR = torch.randn(4, generator=G, dtype=torch.float64)
 
 FUNCTIONS = {
@@ -55,6 +56,7 @@ FUNCTIONS = {
         torch.view_as_complex(x.unflatten(-1, (3, 2))) * torch.polar(ROW[:3].abs(), ROW[3:])
         + torch.complex(y, x)[..., :3]
     ),
+    "complex": lambda x, y: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2))) * TURN).flatten(2) + y,
     "pad": lambda x, y: F.pad(x, (1, 1)),
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None] + 1),
     "attention of constants": lambda x, y: F.scaled_dot_product_attention(x[None], KEYS, KEYS, scale=0.3),

@@ -1,13 +1,17 @@
 """A PixArt-Sigma pipeline as a teacher does what the pipeline does by DDIM.  It is tiny and untrained."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
+from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch.testing import assert_close
 
 from fewstep.export_adapter import write_adapter
 from fewstep.models.adapters import LoRA
 from fewstep.sampling import sample_teacher
+from fewstep.teachers.outline import outline
 from fewstep.teachers.pipelines import load_teacher
 from tests.tiny_pipeline import LATENTS, PIXELS, build_pixart
 
@@ -65,6 +69,19 @@ def test_published_scheduler_is_sampled_by_ddim_at_its_spacing(tmp_path):
     call = {"timesteps": [999, 666, 333, 0], "guidance_scale": 2.0, "height": PIXELS, "width": PIXELS, **PLAIN}
     made = pipe(PROMPTS[0], generator=torch.Generator("cpu").manual_seed(5), **call).images
     assert_close(sample_teacher(teacher, 1, PROMPTS, 5, num_steps=4, guidance=2.0), 2 * made - 1, atol=1e-4, rtol=0)
+
+
+def test_published_name_of_its_class_is_understood(folder, teacher, tmp_path):
+    """The published configs still call the network a Transformer2DModel, and hold settings that are no longer read."""
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    index, config = old / "model_index.json", old / "transformer" / "config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"transformer": ["diffusers", "Transformer2DModel"]}))
+    more = {"_class_name": "Transformer2DModel", "double_self_attention": False, "num_vector_embeds": None}
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    found = sample_teacher(load_teacher(str(old)), 1, PROMPTS, 5, num_steps=2)
+    assert_close(found, sample_teacher(teacher, 1, PROMPTS, 5, num_steps=2), atol=0, rtol=0)
+    assert type(outline(str(old)).denoiser.backbone.module) is PixArtTransformer2DModel
 
 
 def test_network_without_learned_variance_is_taken_whole(tmp_path):

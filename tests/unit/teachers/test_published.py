@@ -25,6 +25,7 @@ from tests.tiny_pipeline import (
     build_dit,
     build_flux,
     build_pixart,
+    build_qwen,
     build_sana,
     build_sd3,
     build_stable_diffusion,
@@ -48,12 +49,13 @@ PARAMETERS = {
     "sana-0.6b": 591_747_872,
     "cogview4": 6_369_118_272,
     "z-image": 6_154_908_736,
+    "qwen-image": 20_430_401_088,
     "wan2.1-1.3b": 1_418_996_800,
     "wan2.1-14b": 14_288_491_584,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1];
 PixArt-Sigma's 0.6 [arXiv:2403.04692]; with the table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as
-their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Z-Image's 6.15
+their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Qwen-Image's 20, Z-Image's 6.15
 [arXiv:2511.22699], Wan's 1.4 and 14; DiT-XL/2's 675 million [arXiv:2212.09748, table 1] hold one embedding of time and
 class, and those of diffusers one for each of 28 blocks, 75 million more."""
 TINY = {
@@ -66,6 +68,7 @@ TINY = {
     "SanaPipeline": build_sana,
     "CogView4Pipeline": build,
     "ZImagePipeline": build_z_image,
+    "QwenImagePipeline": build_qwen,
     "WanPipeline": build_wan,
 }
 METHODS = {
@@ -193,6 +196,7 @@ SIZES = {
     "sana": {"resolution": 64},
     "cogview4": {"resolution": 32},
     "z-image": {"resolution": 24},
+    "qwen-image": {"resolution": 24},
     "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
 }
 
