@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion import Prediction
+from fewstep.models.experts import Experts
 from fewstep.registry import nearest
 from fewstep.teachers.base import TEACHERS, Reals, Teacher, TeacherCard
 from fewstep.teachers.fashion import WEIGHTS
@@ -32,7 +34,7 @@ class Source:
     """What is known of a pipeline without its weights.
 
     family: the pipeline's class.  network, scheduler: their configs.  tokens: of an encoded prompt.  vae_scale: pixels
-    per latent.
+    per latent.  boundary: the time at which a second network of the same config takes over, if there is one.
     """
 
     family: str
@@ -40,6 +42,7 @@ class Source:
     scheduler: dict[str, Any]
     tokens: int
     vae_scale: int
+    boundary: float | None = None
 
 
 def outline(name_or_path: str, **options: Any) -> Teacher:
@@ -54,10 +57,11 @@ def outline(name_or_path: str, **options: Any) -> Teacher:
     more = {name: value for name, value in options.items() if name not in OF_FILES}
     check_options(source.family, name_or_path, more)
     with quiet(), torch.device("meta"):  # diffusers warns of casts by `to`
-        network = _built(source.network).to(DTYPES[dtype]).eval()
-    made = FAMILIES.get(source.family)(_pipe(source, network), name_or_path, **more)
+        networks = [_built(source.network).to(DTYPES[dtype]).eval() for _ in range(1 if source.boundary is None else 2)]
+    made = FAMILIES.get(source.family)(_pipe(source, *networks), name_or_path, **more)
     return replace(
         made,
+        denoiser=_Unrouted(made.denoiser) if isinstance(made.denoiser, Experts) else made.denoiser,
         encode=_Zeros(made.denoiser.backbone.conditions(source.tokens)),
         card=TeacherCard(name_or_path, name_or_path),
         prompts=("",),
@@ -71,6 +75,17 @@ def size_of(name_or_path: str, shape: Sequence[int], **options: Any) -> tuple[in
     scale = _source(name_or_path, options).vae_scale
     frames = [1 + (count - 1) * VAE_FRAMES for count in shape[1:-2]]
     return (*frames, shape[-2] * scale, shape[-1] * scale)
+
+
+class _Unrouted(Experts):
+    """Experts of which the first answers: a time without a number cannot choose, and one call costs what another does."""
+
+    def __init__(self, routed: Experts) -> None:
+        super().__init__([routed.expert(k) for k in range(len(routed.experts))], routed.bounds)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[str] = ()) -> Prediction:
+        """The first's."""
+        return self.expert(0)(x_t, t, cond, taps=taps)
 
 
 class _Zeros:
@@ -93,7 +108,7 @@ def _source(name: str, options: dict[str, Any]) -> Source:
         if given is not None and Path(given).is_dir():
             return _of_folder(Path(given))
         network, scheduler = registered.architecture(), dict(registered.scheduler)
-        return Source(registered.pipeline, network, scheduler, registered.tokens, VAE_SCALE)
+        return Source(registered.pipeline, network, scheduler, registered.tokens, VAE_SCALE, registered.boundary)
     folder = WEIGHTS / name if registered is not None else Path(name)
     if (folder / "model_index.json").is_file():
         return _of_folder(folder)
@@ -117,7 +132,8 @@ def _of_folder(folder: Path) -> Source:
         tokenizer = _json(folder / "tokenizer" / "tokenizer_config.json")
         tokens = min(tokenizer.get("model_max_length", CLIP_TOKENS), 1024)
     stages = vae["dim_mult" if "dim_mult" in vae else "block_out_channels"]
-    return Source(family, network, scheduler, tokens, 2 ** (len(stages) - 1))
+    boundary = _json(folder / "model_index.json").get("boundary_ratio")
+    return Source(family, network, scheduler, tokens, 2 ** (len(stages) - 1), boundary)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -135,7 +151,7 @@ def _built(config: dict[str, Any]) -> nn.Module:
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def _pipe(source: Source, network: nn.Module) -> Any:
+def _pipe(source: Source, network: nn.Module, second: nn.Module | None = None) -> Any:
     """As much of a pipeline as a family's function looks at."""
     import diffusers
 
@@ -143,11 +159,14 @@ def _pipe(source: Source, network: nn.Module) -> Any:
     return SimpleNamespace(
         unet=network,
         transformer=network,
+        transformer_2=second,
         scheduler=scheduler,
         labels={},
         vae=nn.Module(),  # it is off the device in training
         vae_scale_factor=source.vae_scale,
         vae_scale_factor_spatial=source.vae_scale,
         vae_scale_factor_temporal=VAE_FRAMES,
-        config=SimpleNamespace(force_zeros_for_empty_prompt=True, boundary_ratio=None, expand_timesteps=False),
+        config=SimpleNamespace(
+            force_zeros_for_empty_prompt=True, boundary_ratio=source.boundary, expand_timesteps=False
+        ),
     )
