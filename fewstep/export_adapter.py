@@ -25,8 +25,8 @@ def write_adapter(
     """Save the LoRA file and the pipeline's scheduler.  Returns the lines that load both into the teacher's pipeline.
 
     pipe: the teacher's, with the student's scheduler.  state, lora: as `load_adapter` gives them.
-    Raises ValueError for a student that is more than an adapter, for a pipeline that reads no LoRA file, and for
-    kohya's names where it is no UNet.
+    Raises ValueError for a student that is more than an adapter, for a pipeline that reads no LoRA file or has
+    several networks, and for kohya's names where it is no UNet.
     """
     from diffusers.loaders.lora_base import LoraBaseMixin
     from safetensors.torch import save_file
@@ -34,6 +34,11 @@ def write_adapter(
     if not issubclass(type(pipe), LoraBaseMixin):
         raise ValueError(
             f"a {type(pipe).__name__} reads no LoRA files; export the student as a pipeline, whose weights hold it"
+        )
+    if teacher.student is not None:
+        raise ValueError(
+            f"this student starts from one of the networks of {teacher.card.name!r}, and a LoRA file would be read "
+            "beside all of them; export it as a pipeline"
         )
     tensors = named(state, lora, part, names)  # before anything is written: it may refuse
     to.mkdir()

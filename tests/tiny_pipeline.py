@@ -311,25 +311,31 @@ FILM = (4, 2, 4, 4)
 """Latents of five frames of 16x16."""
 
 
-def build_wan(folder: Path, *, seed: int = 0, scheduler: Any = None, **settings: Any) -> Path:
+def build_wan(
+    folder: Path, *, seed: int = 0, scheduler: Any = None, boundary: float | None = None, **settings: Any
+) -> Path:
     """Write a WanPipeline: 4 channels, 4x4 pixels and 4 frames a latent, two blocks of width 24.  Returns it.
 
-    scheduler: by default FlowMatchEulerDiscreteScheduler with `settings`.
+    scheduler: by default FlowMatchEulerDiscreteScheduler with `settings`.  boundary: of times; with it there are two
+    networks.
     """
     import diffusers
 
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(16)
-    network = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=FILM[0], out_channels=FILM[0], text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=16,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": FILM[0], "out_channels": FILM[0],
+        "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 16,
+    }  # fmt: skip
+    networks = [diffusers.WanTransformer3DModel(**sizes)]
     vae = diffusers.AutoencoderKLWan(
         base_dim=8, z_dim=FILM[0], dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.7, 1.5, 1.0, 2.0], scale_factor_spatial=4,
     )  # fmt: skip
     noise = diffusers.FlowMatchEulerDiscreteScheduler(**settings) if scheduler is None else scheduler
-    pipe = diffusers.WanPipeline(tokenizer, tiny_t5(tokenizer), vae, noise, network)
+    text = tiny_t5(tokenizer)
+    networks += [] if boundary is None else [diffusers.WanTransformer3DModel(**sizes)]
+    pipe = diffusers.WanPipeline(tokenizer, text, vae, noise, *networks, boundary_ratio=boundary)
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 

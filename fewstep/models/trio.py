@@ -114,7 +114,7 @@ class Trio:
     ) -> Trio:
         """A trio around the teacher's denoiser: generator and fake score start from its weights.  `head` is set apart.
 
-        init: makes the network that both start from, for a teacher that is a formula and not a network.
+        init: makes the network that both start from, for a teacher that is a formula or several networks.
         student: makes the generator from copies of that network, each of which is a call, for a method whose student
         is more than one copy.  seed: of the adapters' initial values.
         Raises ValueError for an unknown `sharing` and for roles that cannot be supplied.

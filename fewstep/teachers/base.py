@@ -143,7 +143,8 @@ class Teacher:
     prompts: default prompts to distil on; none if only the user can know them.
     grid: (steps) -> the pipeline's own descending times [steps + 1].
     solver, guidance: how its pipeline samples.
-    student: makes the network that generator and fake score start from where the teacher is a formula.
+    student: makes, or names, the network that generator and fake score start from where the teacher is a formula, or
+    several networks.
     folder, few_steps: the diffusers folder that the teacher was loaded from and how it runs a student, for export.
     reals: loads the real samples that come with the teacher, if any.
     encoders: the text encoders that `encode` runs, if they are large enough to be moved and freed.

@@ -34,7 +34,7 @@ class Source:
     """What is known of a pipeline without its weights.
 
     family: the pipeline's class.  network, scheduler: their configs.  tokens: of an encoded prompt.  vae_scale: pixels
-    per latent.
+    per latent.  boundary: the time at which a second network of the same config takes over, if there is one.
     """
 
     family: str
@@ -42,6 +42,7 @@ class Source:
     scheduler: dict[str, Any]
     tokens: int
     vae_scale: int
+    boundary: float | None = None
 
 
 def outline(name_or_path: str, **options: Any) -> Teacher:
@@ -56,8 +57,8 @@ def outline(name_or_path: str, **options: Any) -> Teacher:
     more = {name: value for name, value in options.items() if name not in OF_FILES}
     check_options(source.family, name_or_path, more)
     with quiet(), torch.device("meta"):  # diffusers warns of casts by `to`
-        network = _built(source.network).to(DTYPES[dtype]).eval()
-    made = FAMILIES.get(source.family)(_pipe(source, network), name_or_path, **more)
+        networks = [_built(source.network).to(DTYPES[dtype]).eval() for _ in range(1 if source.boundary is None else 2)]
+    made = FAMILIES.get(source.family)(_pipe(source, *networks), name_or_path, **more)
     return replace(
         made,
         encode=_Zeros(made.denoiser.backbone.conditions(source.tokens)),
@@ -95,7 +96,8 @@ def _source(name: str, options: dict[str, Any]) -> Source:
         if given is not None and Path(given).is_dir():
             return _of_folder(Path(given))
         network, scheduler = registered.architecture(), dict(registered.scheduler)
-        return Source(registered.pipeline, network, scheduler, registered.tokens, registered.vae_scale)
+        known = registered
+        return Source(known.pipeline, network, scheduler, known.tokens, known.vae_scale, known.boundary)
     folder = WEIGHTS / name if registered is not None else Path(name)
     if (folder / "model_index.json").is_file():
         return _of_folder(folder)
@@ -119,7 +121,8 @@ def _of_folder(folder: Path) -> Source:
         tokenizer = _json(folder / "tokenizer" / "tokenizer_config.json")
         tokens = min(tokenizer.get("model_max_length", CLIP_TOKENS), 1024)
     stages = next(vae[name] for name in STAGES if name in vae)
-    return Source(family, network, scheduler, tokens, 2 ** (len(stages) - 1))
+    boundary = _json(folder / "model_index.json").get("boundary_ratio")
+    return Source(family, network, scheduler, tokens, 2 ** (len(stages) - 1), boundary)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def _built(config: dict[str, Any]) -> nn.Module:
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def _pipe(source: Source, network: nn.Module) -> Any:
+def _pipe(source: Source, network: nn.Module, second: nn.Module | None = None) -> Any:
     """As much of a pipeline as a family's function looks at."""
     import diffusers
 
@@ -145,11 +148,14 @@ def _pipe(source: Source, network: nn.Module) -> Any:
     return SimpleNamespace(
         unet=network,
         transformer=network,
+        transformer_2=second,
         scheduler=scheduler,
         labels={},
         vae=nn.Module(),  # it is off the device in training
         vae_scale_factor=source.vae_scale,
         vae_scale_factor_spatial=source.vae_scale,
         vae_scale_factor_temporal=VAE_FRAMES,
-        config=SimpleNamespace(force_zeros_for_empty_prompt=True, boundary_ratio=None, expand_timesteps=False),
+        config=SimpleNamespace(
+            force_zeros_for_empty_prompt=True, boundary_ratio=source.boundary, expand_timesteps=False
+        ),
     )

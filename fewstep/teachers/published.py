@@ -36,8 +36,9 @@ class Published:
 
     about: one line.  pipeline: its class in diffusers.  source, revision: repository and commit.  licence: as its card
     names it.  parameters: of the network that is distilled, in millions.  scheduler: what counts of its scheduler's
-    config.  tokens: of its encoded text.  vae_scale: pixels per latent.  caution: what to know before it is fetched.
-    restrictions: of RESTRICTIONS; they bind a student, too.
+    config.  tokens: of its encoded text.  vae_scale: pixels per latent.  boundary: the time at which a second network
+    of the same config takes over.  caution: what to know before it is fetched.  restrictions: of RESTRICTIONS; they
+    bind a student, too.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Published:
     scheduler: Mapping[str, Any] = field(hash=False)
     tokens: int = 77
     vae_scale: int = 8
+    boundary: float | None = None
     caution: str = ""
     restrictions: tuple[str, ...] = ()
 
@@ -333,6 +335,18 @@ PUBLISHED = (
         14288,
         UNIPC,
         tokens=512,
+    ),
+    Published(
+        "wan2.2-a14b",
+        "Wan 2.2 text to video, two networks of 14 billion by noise, 81 frames of 480x832, flow",
+        "WanPipeline",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "5be7df9619b54f4e2667b2755bc6a756675b5cd7",
+        "Apache-2.0",
+        14288,
+        UNIPC,
+        tokens=512,
+        boundary=0.875,
     ),
 )
 

@@ -1,16 +1,21 @@
-"""Wan 2.1: a transformer over the latents of a whole video [arXiv:2503.20314] on rectified flow."""
+"""Wan 2.1 and 2.2: transformers over the latents of a whole video [arXiv:2503.20314] on rectified flow.
+
+2.2 of 14 billion has two, for noisy videos and for less noisy ones, which share the times between them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion import RectifiedFlow
 from fewstep.models.denoiser import Backbone, Denoiser, blocks_of, late
+from fewstep.models.experts import Experts
 from fewstep.teachers.base import FewSteps, Teacher, TeacherCard
 from fewstep.teachers.codecs import PipelineEncoder, returning
 from fewstep.teachers.flow import check_levels, curved, curved_scheduler, times
@@ -21,6 +26,8 @@ TOKENS = 512
 """Of UMT5's text: the pipeline's default, to which it pads every prompt with zeros."""
 SHOWN = 5
 """Frames of a filmstrip at the most."""
+Expert = Literal["high", "low"]
+"""Of Wan 2.2's two networks, that for the noisier times and that for the others, in their order."""
 
 
 class Wan(Backbone):
@@ -120,15 +127,23 @@ def filmstrip(video: Tensor) -> Tensor:
 
 
 @FAMILIES.register("WanPipeline")
-def wan(pipe: Any, source: str, *, height: int = 480, width: int = 832, frames: int = 81) -> Teacher:
-    """Wan 2.1, text to video.  height, width: pixels.  frames: 4k + 1; 1 for stills.
+def wan(
+    pipe: Any, source: str, *, height: int = 480, width: int = 832, frames: int = 81, expert: Expert | None = None
+) -> Teacher:
+    """Wan 2.1 and 2.2, text to video.  height, width: pixels.  frames: 4k + 1; 1 for stills.
 
+    expert: of the two networks of 2.2, that from which student and fake score start, by default "low", whose times are
+    more; both together are the teacher, and the student is one network for all times.
     Sampled by Euler's method at its scheduler's own levels; UniPC, its usual scheduler, is of higher order and tells
     the network whole timesteps.
-    Raises ValueError for other sizes, schedulers without flow's levels, and Wan 2.2.
+    Raises ValueError for other sizes, schedulers without flow's levels, and a network that is told times for tokens.
     """
     _check(pipe)
-    config = pipe.transformer.config
+    config, denoiser, student = pipe.transformer.config, _denoiser(pipe), None
+    if isinstance(denoiser, Experts):
+        student = partial(denoiser.expert, _expert(expert))
+    elif expert is not None:
+        raise ValueError(f"{source!r} has one network, so expert={expert!r} has no effect; leave it out")
     shape = _shape(pipe, height, width, frames)
 
     def encode(prompt: str) -> dict[str, Tensor]:
@@ -138,11 +153,14 @@ def wan(pipe: Any, source: str, *, height: int = 480, width: int = 832, frames: 
     def set_up(pipe: Any, levels: Tensor, _told: Tensor, stochastic: bool) -> dict[str, Any]:
         # Its call takes no levels: they must follow from the scheduler's settings.
         pipe.scheduler = curved_scheduler(levels, stochastic)
+        pipe.register_modules(transformer_2=None)  # a student is one network
+        pipe.register_to_config(boundary_ratio=None)
         size = {"height": height, "width": width, "num_frames": frames}
         return {"num_inference_steps": len(levels), "guidance_scale": 1.0, **size}
 
     return Teacher(
-        denoiser=Denoiser(Wan(pipe.transformer), RectifiedFlow(), "flow"),
+        denoiser=denoiser,
+        student=student,
         encode=PipelineEncoder(encode),
         codec=FilmCodec(pipe.vae, frames),
         shape=(config.in_channels, *shape),
@@ -172,7 +190,31 @@ def _shape(pipe: Any, height: int, width: int, frames: int) -> tuple[int, int, i
     return 1 + (frames - 1) // every, height // scale, width // scale
 
 
+def _denoiser(pipe: Any) -> Denoiser:
+    """The network; of two, the first above and at the pipeline's boundary, the second below."""
+    networks = [network for network in (pipe.transformer, pipe.transformer_2) if network is not None]
+    denoisers = [Denoiser(Wan(network), RectifiedFlow(), "flow") for network in networks]
+    if len(denoisers) == 1:
+        return denoisers[0]
+    # Experts has a bound's own time below it: the bound is the next smaller number of the times' precision.
+    bound = torch.nextafter(torch.tensor(pipe.config.boundary_ratio), torch.tensor(0.0))
+    return Experts(denoisers, [float(bound)])
+
+
+def _expert(name: Expert | None) -> int:
+    if name is not None and name not in get_args(Expert):
+        raise ValueError(f"teacher.expert={name!r}: allowed are {', '.join(get_args(Expert))}")
+    return get_args(Expert).index(name or "low")
+
+
 def _check(pipe: Any) -> None:
-    if pipe.config.boundary_ratio is not None or pipe.config.expand_timesteps:
-        raise ValueError("this is Wan 2.2, which has two networks or a time for each token; only 2.1 can be distilled")
+    if pipe.config.expand_timesteps:
+        raise ValueError(
+            "this is Wan 2.2 of 5 billion, whose network is told a time for each token; take Wan 2.1, or 2.2 of 14"
+        )
+    if pipe.transformer is None or (pipe.transformer_2 is None) != (pipe.config.boundary_ratio is None):
+        raise ValueError(
+            "two networks need the time at which they change over, and one has none: this pipeline's index must name "
+            "transformer, and transformer_2 and boundary_ratio both or neither"
+        )
     check_levels(pipe.scheduler)

@@ -9,6 +9,8 @@ PIXART, SANA, QWEN = (f"fewstep/teachers/{name}.py" for name in ("pixart", "sana
 OF_PIXART, OF_SANA, OF_QWEN = (f"tests/unit/teachers/test_{name}.py" for name in ("pixart", "sana", "qwen"))
 DIT, TESTS = "fewstep/teachers/dit.py", "tests/unit/teachers/test_dit.py"
 Z_IMAGE, Z_TESTS = "fewstep/teachers/z_image.py", "tests/unit/teachers/test_z_image.py"
+WAN, WAN_TESTS = "fewstep/teachers/wan.py", "tests/unit/teachers/test_wan.py"
+TWO = "test_teacher_of_two_networks_samples_what_its_pipeline_samples"
 SAMPLES = "test_teacher_samples_what_its_pipeline_samples"
 
 MUTANTS = (
@@ -161,5 +163,23 @@ MUTANTS = (
         "row[:length]",
         "row",
         (f"{Z_TESTS}::test_padding_between_prompts_is_not_seen", f"{Z_TESTS}::{SAMPLES}"),
+    ),
+    Mutant(
+        "wan-boundary",
+        "wan",
+        "the boundary itself is the second network's",
+        WAN,
+        "[float(bound)]",
+        "[pipe.config.boundary_ratio]",
+        (f"{WAN_TESTS}::test_boundary_is_the_first_networks",),
+    ),
+    Mutant(
+        "wan-experts",
+        "wan",
+        "the networks are exchanged",
+        WAN,
+        "return Experts(denoisers, ",
+        "return Experts(denoisers[::-1], ",
+        tuple(f"{WAN_TESTS}::{test}" for test in ("test_boundary_is_the_first_networks", TWO)),
     ),
 )

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.planning.device import Fused
-from fewstep.planning.ledger import Ledger, Peak
+from fewstep.planning.ledger import CATEGORIES, Ledger, Peak
 
 B, D, H = 8, 16, 32
 
@@ -164,4 +164,4 @@ def test_peak_is_a_moment_not_a_sum_of_maxima():
         del x
         ledger.making = "optimiser"
         meta(10)
-    assert parts["all"] == Peak({"weights": 0, "gradients": 0, "optimiser": 0, "ema": 0, "activations": 400}, 0, 400)
+    assert parts["all"] == Peak(dict.fromkeys(CATEGORIES, 0) | {"activations": 400}, 0, 400)

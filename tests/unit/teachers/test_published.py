@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import huggingface_hub
@@ -52,12 +53,13 @@ PARAMETERS = {
     "qwen-image": 20_430_401_088,
     "wan2.1-1.3b": 1_418_996_800,
     "wan2.1-14b": 14_288_491_584,
+    "wan2.2-a14b": 14_288_491_584,
 }
 """Of the published weights' files: 0.86 and 0.87 billion; SDXL's report says 2.6 [arXiv:2307.01952, table 1];
 PixArt-Sigma's 0.6 [arXiv:2403.04692]; with the table of places, which is no parameter, SD3's are 2.1, 2.5 and 8.1, as
 their publisher names them; Flux's "12 billion", Sana's 1.6 and 0.6, CogView4's 6, Qwen-Image's 20, Z-Image's 6.15
-[arXiv:2511.22699], Wan's 1.4 and 14; DiT-XL/2's 675 million [arXiv:2212.09748, table 1] hold one embedding of time and
-class, and those of diffusers one for each of 28 blocks, 75 million more."""
+[arXiv:2511.22699], Wan's 1.4 and 14, the last twice in 2.2; DiT-XL/2's 675 million [arXiv:2212.09748, table 1] hold one
+embedding of time and class, and those of diffusers one for each of 28 blocks, 75 million more."""
 TINY = {
     "StableDiffusionPipeline": build_stable_diffusion,
     "StableDiffusionXLPipeline": build_stable_diffusion_xl,
@@ -70,6 +72,7 @@ TINY = {
     "ZImagePipeline": build_z_image,
     "QwenImagePipeline": build_qwen,
     "WanPipeline": build_wan,
+    "wan2.2-a14b": partial(build_wan, boundary=0.875),
 }
 METHODS = {
     "dmd2": {"num_steps": 2, "guidance": 2.0},
@@ -184,7 +187,7 @@ def test_memory_savers_are_in_the_recipe_of_the_largest():
     assert (train.sharing, train.precision, train.gradient_checkpointing) == ("lora", "bf16", True)
 
 
-FROM_NOISE = {(name, "sid"): {"init_sigma": None} for name in ("wan2.1-1.3b", "dit-xl-2-256")}
+FROM_NOISE = {(name, "sid"): {"init_sigma": None} for name in ("wan2.1-1.3b", "wan2.2-a14b", "dit-xl-2-256")}
 """Their pipelines begin with pure noise."""
 SIZES = {
     "sd15": {},
@@ -198,6 +201,7 @@ SIZES = {
     "z-image": {"resolution": 24},
     "qwen-image": {"resolution": 24},
     "wan2.1-1.3b": {"height": 16, "width": 32, "frames": 5},
+    "wan2.2-a14b": {"height": 16, "width": 32, "frames": 5},
 }
 
 
@@ -216,7 +220,8 @@ def test_whole_path_of_a_family(name, method, sharing, tiny, tmp_path):
     prompts = tmp_path / "prompts.txt"
     shown = "goldfish" if name == "dit-xl-2-256" else "a coat"
     prompts.write_text(f"{shown}\n{'207' if name == 'dit-xl-2-256' else 'a photo of a bag'}\n")
-    teacher = load_teacher(name, source=str(tiny(published.pipeline)), **SIZES[name])
+    source = tiny(name if name in TINY else published.pipeline)
+    teacher = load_teacher(name, source=str(source), **SIZES[name])
     rates = {"lr": 1e-2, "warmup": 0}
     train = {
         "device": "cpu", "precision": "fp32", "sharing": sharing, "accumulate": 1, "ema": 0.0,

@@ -7,7 +7,11 @@ from torch.testing import assert_close
 
 from fewstep.config import resolve
 from fewstep.diffusion import RectifiedFlow, student_grid
+from fewstep.export_adapter import write_adapter
+from fewstep.models.adapters import LoRA
 from fewstep.models.discriminator import Head
+from fewstep.models.trio import Trio
+from fewstep.planning.plan import plan
 from fewstep.sampling import sample_teacher
 from fewstep.teachers.flow import curved, curved_scheduler
 from fewstep.teachers.pipelines import load_teacher
@@ -173,3 +177,69 @@ def test_half_precision_leaves_tables_in_float32(folder):
     with torch.no_grad():
         made = teacher.denoiser(torch.randn(1, *FILM), torch.ones(1), teacher.encode(PROMPTS[:1]))
     assert made.x0.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return build_wan(tmp_path_factory.mktemp("wan") / "two", boundary=0.875, shift=3.0)
+
+
+def test_teacher_of_two_networks_samples_what_its_pipeline_samples(two):
+    """Frames, < 1e-4, of steps on both sides of the boundary.  Fails if one network makes them all."""
+    pipe, teacher = WanPipeline.from_pretrained(two), load_teacher(str(two), **TINY)
+    pipe.set_progress_bar_config(disable=True)
+    grid = teacher.grid(6)
+    assert (grid > 0.875).sum() > 1 and (grid[:-1] < 0.875).sum() > 1
+    ours = sample_teacher(teacher, 1, PROMPTS, 5, num_steps=6, guidance=2.5)
+    call = {"num_inference_steps": 6, "guidance_scale": 2.5, "height": 16, "width": 16, "num_frames": 5}
+    made = pipe(PROMPTS[0], generator=torch.Generator("cpu").manual_seed(5), output_type="pt", **call).frames
+    assert_close(ours, 2 * filmstrip(made.transpose(1, 2)) - 1, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("time", "part"), [(1.0, "transformer"), (0.875, "transformer"), (0.8749, "transformer_2")])
+def test_boundary_is_the_first_networks(two, time, part):
+    """As the pipeline has it, and in a batch of both."""
+    pipe, teacher = WanPipeline.from_pretrained(two), load_teacher(str(two), **TINY)
+    cond, x, t = teacher.encode(PROMPTS), torch.randn(2, *FILM), torch.tensor([time, 0.3])
+    with torch.no_grad():
+        told = {"timestep": t[:1] * 1000, "encoder_hidden_states": cond.tensors["text"][:1]}
+        theirs = getattr(pipe, part)(hidden_states=x[:1], return_dict=False, **told)[0]
+        assert_close(teacher.denoiser(x, t, cond).raw[:1], theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("expert", "part"), [(None, "transformer_2"), ("low", "transformer_2"), ("high", "transformer")]
+)
+def test_student_of_two_networks_starts_from_the_named_one(two, expert, part):
+    """And shares its weights with the teacher where it is an adapter."""
+    named = {} if expert is None else {"expert": expert}
+    teacher = load_teacher(str(two), **TINY, **named)
+    trio = Trio.build(teacher.denoiser, frozenset({"fake_score"}), sharing="lora", init=teacher.student)
+    weight = getattr(WanPipeline.from_pretrained(two), part).patch_embedding.weight
+    for role in (trio.generator, trio.critic()):
+        plain = dict(role.backbone.module.named_parameters())["patch_embedding.weight"]
+        assert torch.equal(plain, weight)
+        assert any(p is plain for p in trio.real_score.parameters())
+
+
+def test_expert_of_one_network_and_unknown_experts_are_refused(folder, two):
+    with pytest.raises(ValueError, match="has one network, so expert='low' has no effect"):
+        load_teacher(str(folder), **TINY, expert="low")
+    with pytest.raises(ValueError, match=r"teacher.expert='mid': allowed are high, low"):
+        load_teacher(str(two), **TINY, expert="mid")
+
+
+def test_lora_file_of_a_student_of_two_networks_is_refused(two, tmp_path):
+    """Beside both of them it would be another student."""
+    teacher = load_teacher(str(two), **TINY)
+    with pytest.raises(ValueError, match=r"starts from one of the networks .* export it as a pipeline"):
+        write_adapter(WanPipeline.from_pretrained(two), teacher, {}, LoRA(), "transformer", tmp_path / "lora", "lora")
+
+
+def test_plan_of_two_networks_holds_both(two):
+    """And one of them for the student."""
+    train = {"batch_size": 1, "accumulate": 1, "gradient_checkpointing": True}
+    given = {"teacher": {"name": str(two), **TINY}, "method": {"name": "dmd2", "num_steps": 2}, "train": train}
+    made = plan(resolve(given=given))
+    one = sum(p.numel() for p in WanPipeline.from_pretrained(two).transformer.parameters())
+    assert made.parameters["teacher"] == 2 * one and made.trained["generator"] == one
