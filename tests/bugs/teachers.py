@@ -1,4 +1,4 @@
-"""Bugs of the families that pipelines come in."""
+"""Bugs of the families that pipelines come in, and of how foreign checkpoints are read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ PIXART, SANA, QWEN = (f"fewstep/teachers/{name}.py" for name in ("pixart", "sana
 OF_PIXART, OF_SANA, OF_QWEN = (f"tests/unit/teachers/test_{name}.py" for name in ("pixart", "sana", "qwen"))
 DIT, TESTS = "fewstep/teachers/dit.py", "tests/unit/teachers/test_dit.py"
 Z_IMAGE, Z_TESTS = "fewstep/teachers/z_image.py", "tests/unit/teachers/test_z_image.py"
+CONVERT = "fewstep/convert.py"
 WAN, WAN_TESTS = "fewstep/teachers/wan.py", "tests/unit/teachers/test_wan.py"
 TWO = "test_teacher_of_two_networks_samples_what_its_pipeline_samples"
 SAMPLES = "test_teacher_samples_what_its_pipeline_samples"
@@ -181,5 +182,23 @@ MUTANTS = (
         "return Experts(denoisers, ",
         "return Experts(denoisers[::-1], ",
         tuple(f"{WAN_TESTS}::{test}" for test in ("test_boundary_is_the_first_networks", TWO)),
+    ),
+    Mutant(
+        "convert-storage",
+        "convert",
+        "a storage inside a pickle may hold another pickle, which is run",
+        CONVERT,
+        "weights_only=True",
+        "weights_only=False",
+        ("tests/unit/test_convert.py::test_what_it_would_call_is_not_called",),
+    ),
+    Mutant(
+        "convert-imports",
+        "convert",
+        "names of a pickle are imported and called",
+        CONVERT,
+        'or type(name.rpartition(".")[2], (Inert,), {"name": full})',
+        "or super().find_class(module, name)",
+        ("tests/unit/test_convert.py::test_what_it_would_call_is_not_called",),
     ),
 )
