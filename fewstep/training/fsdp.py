@@ -13,6 +13,7 @@ from fewstep.config import RunConfig
 from fewstep.models.adapters import adapted
 from fewstep.models.denoiser import Denoiser, Player
 from fewstep.models.sharding import shard
+from fewstep.teachers.pipelines import pipeline_class
 from fewstep.types import Batch
 
 SWITCH = "ACCELERATE_USE_FSDP"
@@ -79,6 +80,11 @@ def check_request(config: RunConfig) -> None:
         raise ValueError(
             f"method {config.method!r} {why[min(found)]}, so it cannot train under FSDP; take "
             "configs/accelerate/ddp.yaml, or another method, as dmd2 or sid"
+        )
+    if pipeline_class(config.teacher, config.teacher_options.get("source")) == "DiTPipeline":
+        raise ValueError(
+            f"teacher {config.teacher!r} cannot be divided: its network uses a block's weights outside the block; take "
+            "configs/accelerate/ddp.yaml"
         )
     eight = [name for name in ("generator", "critic") if getattr(train, name).kind == "adamw8bit"]
     for refused, name, remedy in (

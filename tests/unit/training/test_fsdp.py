@@ -48,9 +48,17 @@ def test_what_fsdp_cannot_do_is_refused_before_anything_is_loaded(
 def test_what_needs_a_gpu_is_refused_too(changed, said):
     plain = {"precision": "fp32", "compile": False, "offload_teacher": False}
     train = SimpleNamespace(**(plain | dict.fromkeys(("generator", "critic"), SimpleNamespace(kind="adamw")) | changed))
-    config: Any = SimpleNamespace(train=train, objective=SimpleNamespace(needs=frozenset()))
+    objective = SimpleNamespace(needs=frozenset())
+    config: Any = SimpleNamespace(train=train, objective=objective, teacher="sdxl", teacher_options={})
     with pytest.raises(ValueError, match=said):
         fsdp.check_request(config)
+
+
+def test_dit_is_refused(monkeypatch, tmp_path):
+    """torch would only say that a storage has no bytes, in the middle of the first call."""
+    monkeypatch.setenv(fsdp.SWITCH, "true")
+    with pytest.raises(ValueError, match=r"'dit-xl-2-256' cannot be divided.*configs/accelerate/ddp"):
+        fewstep.distill("dit-xl-2-256", "dmd2", iterations=1, out=tmp_path / "run", train={"device": "cpu"})
 
 
 def test_prompts_of_several_lengths_are_refused():
