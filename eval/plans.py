@@ -12,7 +12,10 @@ import time
 from fewstep.config import resolve
 from fewstep.planning.plan import GIB, Plan, plan
 
-TEACHERS = ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-large", "flux-dev", "wan2.1-1.3b")
+TEACHERS = (
+    *("sd15", "sd21", "sdxl", "dit-xl-2-256", "pixart-sigma", "sd3-medium", "sd35-large", "flux-dev", "sana"),
+    *("cogview4", "qwen-image", "z-image", "wan2.1-1.3b", "wan2.2-a14b"),
+)
 SHARINGS = ("copies", "lora-fake", "lora")
 COLUMNS = (
     *("teacher", "weights", "parameters that train", "weights GiB", "gradients", "optimiser", "activations at most"),

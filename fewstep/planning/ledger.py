@@ -136,11 +136,22 @@ class Ledger(TorchDispatchMode):
             made, flops = known
             return _again(made), flops
         out = _called(func, args, kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        flops = 0 if count is None else count(*args, **kwargs, out_val=out)
+        flops = _flops(func, args, kwargs, out)
         with suppress(TypeError):  # made elsewhere
             self._known[signature] = _recipe(out), flops
         return out, flops
+
+
+def _flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
+    """By torch's own formulas; but those take the weights' gradient of a convolution in groups for that of a dense one.
+
+    Either gradient of a convolution costs as much as its forward.
+    """
+    if func is torch.ops.aten.convolution_backward.default:
+        grad, x, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
+        return 2 * (x if transposed else grad).numel() * weight[0].numel() * sum(map(bool, wanted[:2]))
+    count = flop_registry.get(func._overloadpacket)
+    return 0 if count is None else count(*args, **kwargs, out_val=out)
 
 
 def _called(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

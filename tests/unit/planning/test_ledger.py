@@ -165,3 +165,20 @@ def test_peak_is_a_moment_not_a_sum_of_maxima():
         ledger.making = "optimiser"
         meta(10)
     assert parts["all"] == Peak(dict.fromkeys(CATEGORIES, 0) | {"activations": 400}, 0, 400)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_gradients_of_a_convolution_cost_twice_its_forward(kind, groups):
+    """Also in groups.  Fails with torch's formula, which counts the weights' gradient once for each group."""
+    with torch.device("meta"):
+        layer = kind(8, 8, 3, padding=1, groups=groups, bias=False)
+    flops = []
+    for turn in (lambda x: layer(x), lambda x: layer(x).sum().backward()):
+        parts = {}
+        x = torch.empty(2, 8, 5, 5, device="meta", requires_grad=True)
+        ledger = Ledger()
+        with ledger, ledger.part(parts, "all"):
+            turn(x)
+        flops.append(parts["all"].flops)
+    assert flops[0] == 2 * 2 * 8 * 25 * 9 * 8 // groups and flops[1] == 3 * flops[0]
