@@ -1,13 +1,11 @@
 """The Inception-v3 of FID: the network of 2015-12-05, whose pooling is not that of the paper's nor of torchvision's.
 
-Its weights are not packaged. They are looked for in $FEWSTEP_WEIGHTS and in $TORCH_HOME/hub/checkpoints (by default
-~/.cache/torch/hub/checkpoints), under the names that torch-fidelity and pytorch-fid published them by, or as a
-safetensors file of the same keys.  Nothing is downloaded.
+Its weights are not packaged; `metrics/weights.py` says where they may lie, under the names that torch-fidelity and
+pytorch-fid published them by, or as a safetensors file of the same keys.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.metrics.features import file_sha256
+from fewstep.metrics import weights
 
 SIZE, FEATURE_DIM, NUM_LOGITS = 299, 2048, 1008
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -174,36 +172,18 @@ def clean_resize(images: Tensor, size: int = SIZE) -> Tensor:
     return torch.stack([torch.stack([resized(channel) for channel in image]) for image in images])
 
 
-def find_inception() -> Path:
-    """The weights' file in the first documented place that has one.  Raises FileNotFoundError that lists them."""
-    places = [Path(os.environ["FEWSTEP_WEIGHTS"])] if os.environ.get("FEWSTEP_WEIGHTS") else []
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places.append(Path(os.environ.get("TORCH_HOME") or cache / "torch") / "hub" / "checkpoints")
-    found = [place / name for place in places for name in FILES if (place / name).is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"no Inception weights: {' or '.join(FILES)} in {' or '.join(map(str, places))}. The first is a file of "
-            "torch-fidelity's release v0.2.0; put it there, or name its folder in FEWSTEP_WEIGHTS."
-        )
-    return found[0]
-
-
-def load_inception(path: Path | None = None, *, allow_unverified: bool = False) -> tuple[Inception, str, bool]:
+def load_inception(
+    path: Path | None = None, *, sha256: str | None = None, allow_unverified: bool = False
+) -> tuple[Inception, str, bool]:
     """The network in eval mode without gradients, the SHA-256 of its file, and whether that is the published one.
 
-    path: by default what `find_inception` finds.  A pickle is read as tensors alone.  Raises FileNotFoundError if there
-    is none, ValueError for a file of another hash unless allowed, and for one that does not hold these tensors.
+    path: by default the first of `FILES` that is found.  sha256: takes the place of the known one.  A pickle is read as
+    tensors alone.  Raises FileNotFoundError if there is none, ValueError for a file of another hash unless allowed, and
+    for one that does not hold these tensors.
     """
-    path = path or find_inception()
-    if not path.is_file():
-        raise FileNotFoundError(f"no Inception weights at {path}")
-    digest = file_sha256(path)
-    verified = digest.startswith(KNOWN_SHA256)
-    if not verified and not allow_unverified:
-        raise ValueError(
-            f"{path} has the SHA-256 {digest}, which should begin with {' or '.join(KNOWN_SHA256)}: these are not the "
-            "published weights of FID. Get the file again; or allow it with --unverified, and no figure is called FID."
-        )
+    path = path or weights.find(FILES, "FID's Inception")
+    known = (sha256,) if sha256 else KNOWN_SHA256
+    digest, verified = weights.verify(path, known, allow_unverified=allow_unverified)
     model = Inception()
     try:
         if path.suffix == ".safetensors":

@@ -160,19 +160,21 @@ def stored(tensors: dict[str, Tensor]) -> bytes:
 
 def test_weights_are_found_where_the_documentation_says(places):
     own, hub = places
-    with pytest.raises(FileNotFoundError, match=r"weights.*checkpoints.*FEWSTEP_WEIGHTS"):
-        module.find_inception()
-    (hub / FILE).touch()
-    assert module.find_inception() == hub / FILE
-    (own / "inception-2015-12-05.safetensors").touch()
-    assert module.find_inception() == own / "inception-2015-12-05.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"FID's Inception.*weights or .*checkpoints.*FEWSTEP_WEIGHTS"):
+        load_inception()
+    (hub / FILE).write_bytes(b"hub")
+    with pytest.raises(ValueError, match="checkpoints/weights-inception"):
+        load_inception()
+    (own / "inception-2015-12-05.safetensors").write_bytes(b"own")
+    with pytest.raises(ValueError, match=r"weights/inception-2015-12-05\.safetensors"):
+        load_inception()
 
 
 def test_other_weights_are_refused_before_they_are_read(places, monkeypatch):
     """Fails if the name of the file is believed, or if it is unpickled first."""
     (places[0] / FILE).write_bytes(b"not the published file")
     monkeypatch.setattr(torch, "load", None)
-    with pytest.raises(ValueError, match=r"should begin with 6726825d.*--unverified.*no figure is called FID"):
+    with pytest.raises(ValueError, match=r"should begin with 6726825d.*--sha256.*--unverified"):
         load_inception()
 
 
@@ -213,8 +215,11 @@ def test_a_file_is_verified_by_its_hash_alone(places, monkeypatch, name):
     model, found, verified = load_inception(allow_unverified=True)
     assert found == digest and not verified and not model.training
     assert_close(model.state_dict(), tensors)
+    assert load_inception(sha256=digest)[1:] == (digest, True)
     monkeypatch.setattr(module, "KNOWN_SHA256", (digest[:8],))
     assert load_inception()[1:] == (digest, True)
+    with pytest.raises(ValueError, match="should begin with 00"):
+        load_inception(sha256="0" * 64)
 
 
 @pytest.mark.slow
