@@ -195,8 +195,10 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    run: flags.RunFolder,
-    n: Annotated[int, typer.Option("--n", "-n", help="Samples behind each figure.")] = 10_000,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; with --protocol, or a folder of images.")],
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", help="Samples behind each figure: 10,000, or as many as the protocol.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="First sampling seed; none was used in training or to choose a checkpoint.")
     ] = 50_000_000,
@@ -206,26 +208,64 @@ def evaluate(
     untrained: flags.Untrained = True,
     device: flags.Device = "auto",
     batch_size: flags.BatchSize = None,
+    protocol: flags.Protocol = None,
+    reference: flags.Reference = None,
+    images: flags.Images = None,
+    also: flags.Also = None,
+    weights: flags.Weights = None,
+    sha256: flags.Sha256 = None,
+    unverified: flags.Unverified = False,
+    clip: flags.Clip = None,
+    prompts: flags.ImagePrompts = None,
+    to: Annotated[Path | None, typer.Option(help="JSON lines to add to; by default figures.jsonl in RUN.")] = None,
     plugin: flags.Plugin = None,
 ) -> None:
-    """Measure teacher, untrained student and student; write eval.md, eval.csv and eval.json into the run folder."""
+    """Measure teacher, untrained student and student; write eval.md, eval.csv and eval.json into the run folder.
+
+    With --protocol: measure the student, or a folder of images, as published figures are.
+    """
+    options = {"n": n, "seed": seed, "seeds": seeds, "which": which, "batch_size": batch_size, "console": console}
     with border():
         load_plugins(plugin)
-        from fewstep.evaluation import evaluate_run
+        options["which"] = _which(which)
+        asked = {"reference": reference, "also": also, "weights": weights, "sha256": sha256, "clip": clip}
+        asked |= {"unverified": unverified or None, "prompts": prompts}
+        if protocol is not None:
+            if recompute_teacher or not untrained:
+                raise ValueError("--recompute-teacher and --no-untrained go without --protocol, which measures one set")
+            from fewstep.measuring import Request, measure, table
 
-        table = evaluate_run(
-            run,
-            n=n,
-            seed=seed,
-            seeds=seeds,
-            which=_which(which),
-            recompute_teacher=recompute_teacher,
-            untrained=untrained,
-            device=device,
-            batch_size=batch_size,
-            console=console,
-        )
-    output.print(table, highlight=False, markup=False, soft_wrap=True)
+            request = Request(protocol, device=device, **cast(Any, _given(**asked)))
+            shown = table(measure(run, request, images=images, to=to, **cast(Any, options)))
+        else:
+            without = _given(**asked, images=images, to=to)
+            if without:
+                raise ValueError(f"--{next(iter(without))} goes with --protocol NAME; see `fewstep list protocols`")
+            from fewstep.evaluation import evaluate_run
+
+            options |= {"n": 10_000 if n is None else n, "recompute_teacher": recompute_teacher}
+            shown = evaluate_run(run, untrained=untrained, device=device, **cast(Any, options))
+    output.print(shown, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def reference(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Real images.")],
+    protocol: Annotated[str, typer.Option(help="Whose eyes they are seen with; see `fewstep list protocols`.")],
+    to: Annotated[Path, typer.Option(metavar="FILE.npz", help="File to write; must not exist yet.")],
+    features: Annotated[bool, typer.Option("--features", help="Keep them, for figures that compare features.")] = False,
+    weights: flags.Weights = None,
+    sha256: flags.Sha256 = None,
+    unverified: flags.Unverified = False,
+    device: flags.Device = "auto",
+) -> None:
+    """Write what `fewstep eval --protocol` holds samples against: the moments of real images' features."""
+    with border():
+        from fewstep.measuring import Request, make_reference
+
+        request = Request(protocol, weights=weights, sha256=sha256, unverified=unverified, device=device)
+        path = make_reference(folder, request, to, features=features, console=console)
+    output.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -291,14 +331,15 @@ def show(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="teachers|methods|runs|kernels|NAME", help="What to list, or a method's name for all about it."
+            metavar="teachers|methods|runs|protocols|kernels|NAME",
+            help="What to list, or a method's name for all about it.",
         ),
     ] = "methods",
     name: Annotated[str | None, typer.Argument(help="After `methods`: a method's name.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     plugin: flags.Plugin = None,
 ) -> None:
-    """List teachers, methods, runs or kernels; with a method's name, its paper, needs, settings and their sources."""
+    """List teachers, methods, runs, protocols, kernels; with a method's name, its paper, needs and settings."""
     with border():
         if name is not None and what != "methods":
             raise ValueError(

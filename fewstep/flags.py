@@ -78,3 +78,26 @@ RecomputeTeacher = Annotated[
     bool, typer.Option("--recompute-teacher", help="Sample the teacher anew instead of its stored row.")
 ]
 Untrained = Annotated[bool, typer.Option(help="Also measure the student as it was before training.")]
+Protocol = Annotated[
+    Text, typer.Option(help="Published protocol to measure by, as dmd2-coco30k; see `fewstep list protocols`.")
+]
+Reference = Annotated[
+    Path | None, typer.Option(help="What the protocol holds samples against: .npz of moments, or folder of images.")
+]
+Images = Annotated[Path | None, typer.Option(help="Images of RUN that were made elsewhere, measured in its place.")]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(help="Further figures of the same pass: kid, manifold or inception_score. Repeatable."),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Of the protocol's extractor: file or folder; by default $FEWSTEP_WEIGHTS is searched."),
+]
+Sha256 = Annotated[Text, typer.Option("--sha256", help="Of the extractor's weights, as their publisher gives it.")]
+Unverified = Annotated[
+    bool, typer.Option("--unverified", help="Take weights of another hash; their figures are named so.")
+]
+Clip = Annotated[Path | None, typer.Option(help="CLIPModel folder, for a CLIP score beside the protocol's figures.")]
+ImagePrompts = Annotated[
+    Path | None, typer.Option(help="Prompts of the images, line i of image i by name; or those to sample with.")
+]

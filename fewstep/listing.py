@@ -25,7 +25,7 @@ NEEDS = {
 
 
 def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
-    """The table of teachers, methods, runs (those in the folder `runs`), kernels, or one method and its settings.
+    """The table of teachers, methods, runs (those in the folder `runs`), protocols, kernels, or of a method's settings.
 
     plugins: some were loaded, so that the registries know more than the index made at build time.
     Raises LookupError for anything else.
@@ -38,6 +38,8 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
         return _table("method", "what it is", rows=[(k, v["summary"]) for k, v in methods.items()])
     if what == "runs":
         return _table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs)))
+    if what == "protocols":
+        return _protocols()
     if what == "kernels":
         return Group(*_kernels())
     if name in methods:
@@ -45,7 +47,7 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
         settings = _table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields)
         return Group(*_about(name, methods[name]), settings)
     raise LookupError(
-        f"nothing called {what!r} to list; allowed: teachers, methods, runs, kernels, {', '.join(methods)}"
+        f"nothing called {what!r} to list; allowed: teachers, methods, runs, protocols, kernels, {', '.join(methods)}"
     )
 
 
@@ -78,6 +80,16 @@ def _about(name: str, method: dict[str, Any]) -> Iterator[str]:
     phases = f", in {method['stages']} stages" if method["stages"] > 1 else ""
     yield f"trains  {', '.join(method['trains']).replace('_', ' ')}{phases}"
     yield f"reads   {', '.join(['prompts', *(NEEDS[need] for need in method['needs'])])}"
+
+
+def _protocols() -> Table:
+    from fewstep.metrics.protocols import PROTOCOLS
+
+    rows = [
+        (name, found.source, found.extractor, " ".join(found.figures), found.count, found.reference)
+        for name, found in PROTOCOLS.items()
+    ]
+    return _table("protocol", "source", "extractor", "figures", "samples", "reference", rows=rows)
 
 
 def _kernels() -> Iterator[Table | str]:

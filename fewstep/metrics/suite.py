@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -141,12 +140,6 @@ def load_suite(
         scorer=None if clip is None else load_clip_scorer(clip),
         sources={name: value for name, value in card.items() if name.endswith(("sha256", "reals"))},
     )
-
-
-def protocol_hash(protocol: Mapping[str, Any]) -> str:
-    """SHA-256 of a protocol's canonical JSON (sorted keys, no spaces, ASCII)."""
-    text = json.dumps(protocol, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def over_seeds(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -1,12 +1,13 @@
 """Claims about the kernel distance; float64, double loops and published packages as oracles."""
 
+import math
 from itertools import combinations
 
 import pytest
 import torch
 
 from fewstep.metrics import kernel
-from fewstep.metrics.kernel import kernel_distance, subset_kernel_distance
+from fewstep.metrics.kernel import gaussian_distance, kernel_distance, subset_kernel_distance
 
 
 def features(n: int, d: int, seed: int, offset: float = 0.0) -> torch.Tensor:
@@ -84,6 +85,29 @@ def test_what_cannot_be_measured_is_refused(shapes, options, message):
     x, y = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         subset_kernel_distance(x, y, torch.Generator(), **options)
+
+
+@pytest.mark.parametrize("block", [1000, 3])
+def test_gaussian_distance_is_the_mean_over_all_pairs(block, monkeypatch):
+    """Pair by pair, i = j included. Mutations: the diagonal left out, 2 sigma^2 without its square, no factor 1000."""
+    monkeypatch.setattr(kernel, "BLOCK", block)
+    x, y = (torch.nn.functional.normalize(features(n, 4, n, 0.3), dim=1) for n in (7, 5))
+
+    def mean(a, b):
+        return torch.stack([torch.exp(-(p - q).square().sum() / 200) for p in a for q in b]).mean()
+
+    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert gaussian_distance(x, y) == pytest.approx(float(expected), rel=1e-9)
+    assert gaussian_distance(x, x) == pytest.approx(0, abs=1e-12)
+
+
+def test_gaussian_distance_of_two_gaussians_is_the_closed_form():
+    """E k of N(m, s^2 I) pairs is (1 + 2 s^2 / w^2)^(-D/2) exp(-|m|^2 / (2 (w^2 + 2 s^2))): within 3% at n = 4000."""
+    d, s, w = 3, 0.5, 2.0
+    x, y = features(4000, d, 0) * s, features(4000, d, 1) * s + 1.0
+    own = (1 + 2 * s**2 / w**2) ** (-d / 2)
+    expected = 2 * own * (1 - math.exp(-d / (2 * (w**2 + 2 * s**2))))
+    assert gaussian_distance(x, y, sigma=w, scale=1) == pytest.approx(expected, rel=0.03)
 
 
 def test_clean_fid_agrees():

@@ -11,7 +11,8 @@ from fewstep.metrics.features import FASHION_CLASSIFIER, FashionClassifier, extr
 from fewstep.metrics.frechet import Moments, moments_distance
 from fewstep.metrics.kernel import kernel_distance, subset_kernel_distance
 from fewstep.metrics.manifold import manifold
-from fewstep.metrics.suite import CARD_FILE, Suite, load_suite, over_seeds, protocol_hash
+from fewstep.metrics.protocols import protocol_hash
+from fewstep.metrics.suite import CARD_FILE, Suite, load_suite, over_seeds
 
 needs_references = pytest.mark.skipif(
     not (FASHION_CLASSIFIER / CARD_FILE).is_file(), reason="the references are not built yet"

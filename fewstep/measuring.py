@@ -1,0 +1,291 @@
+"""Pictures measured by a protocol's name: those of a folder, or a run's student's; and references to hold them against.
+
+Every measurement is one line of JSON with all that its figures depend on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.bar import bar
+from fewstep.environment import describe, device_of
+from fewstep.metrics.clip_score import read_clip
+from fewstep.metrics.extractors import Extractor, load_extractor
+from fewstep.metrics.features import FASHION_CLASSIFIER, load_reference, quantise
+from fewstep.metrics.frechet import Moments
+from fewstep.metrics.image_folder import batches, check_sizes, image_files, prepared_tensor
+from fewstep.metrics.look import COMPARING, SETTINGS, figures_of, look
+from fewstep.metrics.protocols import ALSO, Protocol, find_protocol
+from fewstep.metrics.reference import (
+    Gaussian,
+    Reference,
+    check_enough,
+    check_extractor,
+    check_reference,
+    meta_of,
+    read_reference,
+    write_reference,
+)
+from fewstep.metrics.suite import FEATURES_FILE, SUBSET_SIZE
+from fewstep.sampling import Student, check_count, cycled
+from fewstep.students import load_student
+from fewstep.training.checkpoint import CONFIG
+
+BATCH = 50
+"""Pictures that the extractor sees at a time; no figure depends on it."""
+FILE = "figures.jsonl"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure by, before the pictures are named.
+
+    protocol: its name.  reference: an npz file or a folder of real images.  also: of `protocols.ALSO`.  weights,
+    sha256, unverified: as in `extractors.load_extractor`.  clip: a CLIPModel folder for a CLIP score.  prompts: a file,
+    image i's prompt its line i in the order of the files' names.
+    """
+
+    protocol: str
+    reference: Path | None = None
+    also: Sequence[str] = ()
+    weights: Path | None = None
+    sha256: str | None = None
+    unverified: bool = False
+    clip: Path | None = None
+    prompts: Path | None = None
+    device: str = "auto"
+
+    def extractor(self) -> Extractor:
+        """The protocol's."""
+        protocol = find_protocol(self.protocol)
+        return load_extractor(
+            protocol.extractor,
+            resize=protocol.resize,
+            weights=self.weights,
+            sha256=self.sha256,
+            allow_unverified=self.unverified,
+            device=device_of(self.device),
+        )
+
+
+def measure(
+    target: Path,
+    request: Request,
+    *,
+    images: Path | None = None,
+    n: int | None = None,
+    seed: int = 50_000_000,
+    seeds: int = 1,
+    which: Literal["best", "last"] = "best",
+    batch_size: int | None = None,
+    to: Path | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Measure, append a line to a file, and return what was written, one record for each set of samples.
+
+    target: a run folder, whose student makes the pictures, or a folder of images.  images: of a run, made elsewhere.
+    n: of a student's samples, by default the protocol's count; fewer rename the figures.  seed, seeds: sample i of set
+    k has the noise numbered seed + k n + i.  to: by default figures.jsonl in the target.
+    Raises ValueError, LookupError or OSError for what cannot be measured, before any weights are read where possible.
+    """
+    console = console or Console(stderr=True)
+    protocol = find_protocol(request.protocol)
+    unknown = set(request.also) - set(ALSO)
+    if unknown:
+        raise LookupError(f"no figure named {', '.join(sorted(unknown))}; --also takes {', '.join(ALSO)}")
+    if not target.is_dir():
+        raise FileNotFoundError(f"no run or folder of images at {target}")
+    files, count = None, protocol.count if n is None else n
+    if images is not None or not (target / CONFIG).is_file():
+        files = image_files(images or target, protocol)
+        count = _checked_files(files, protocol, n, seeds)
+    check_count("n", count)
+    check_count("seeds", seeds)
+    prompts = _prompts(request, count, folder=files is not None)
+    comparing = COMPARING & {*protocol.figures, *request.also}
+    reference, name = _given_reference(request, protocol, comparing)
+    _check_samples(count, files, protocol, request.also, reference, console)
+    extractor = request.extractor()
+    if "inception_score" in request.also and extractor.head is None:
+        raise ValueError(f"an Inception score is of Inception's classes, and {protocol.name} uses {extractor.name}.")
+    check_enough(count, extractor.dim, protocol, "the set of samples")
+    if reference is None:
+        assert request.reference is not None
+        reference = _made(request.reference, protocol, extractor, console)
+    check_extractor(reference, extractor, name)
+    scorer = None if request.clip is None else read_clip(request.clip)
+    record = {
+        "protocol": protocol.name,
+        "protocol_hash": protocol.hash,
+        "extractor": extractor.protocol | {"verified": extractor.verified},
+        "settings": {figure: SETTINGS[figure] for figure in request.also},
+        "clip": None if scorer is None else scorer.protocol,
+        "reference": {"file": name, "sha256": reference.sha256, "n": reference.whole.n},
+        "environment": describe(),
+    }
+    if files is not None:
+        pictures = batches(files, protocol, extractor.channels, BATCH)
+        sets = iter([({"images": str(images or target)}, pictures, prompts)])
+    else:
+        student = load_student(target, which=which, device=request.device)
+        firsts = range(seed, seed + count * seeds, count)
+        sets = _samples(student, protocol, extractor.channels, prompts, firsts, batch_size)
+    groups = [path.parent.name for path in files or () if protocol.categories]
+    records = []
+    for told, pictures, texts in sets:
+        with bar(protocol.name, count, console) as done:
+            seen = look(extractor, pictures, scorer=scorer, prompts=texts, advance=done)
+        figures = figures_of(seen, protocol, extractor, reference, request.also, groups)
+        records.append(record | told | {"n": count, "figures": figures})
+        _append(to or target / FILE, records[-1])
+    return records
+
+
+def make_reference(
+    folder: Path, request: Request, to: Path, *, features: bool = False, console: Console | None = None
+) -> Path:
+    """Moments of a folder of real images as an npz file, and their features if wanted.  Returns the path."""
+    protocol = find_protocol(request.protocol)
+    if to.suffix != ".npz":
+        raise ValueError(f"--to {to} should end in .npz")
+    if to.exists():
+        raise FileExistsError(f"{to} exists; choose another --to")
+    check_sizes(image_files(folder, protocol), protocol)
+    made = _made(folder, protocol, request.extractor(), console)
+    write_reference(made if features else Reference(made.whole, made.parts, meta=made.meta), to)
+    return to
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The figures as markdown, a row for each set of samples."""
+    names = list(records[0]["figures"])
+    head = ["protocol", "samples", *names]
+    rows = [
+        [record["protocol"], str(record["n"]), *(f"{record['figures'][name]:.5g}" for name in names)]
+        for record in records
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _checked_files(files: Sequence[Path], protocol: Protocol, n: int | None, seeds: int) -> int:
+    if n is not None or seeds != 1:
+        raise ValueError("--n and --seeds are of a run's student; a folder is measured whole")
+    if len(files) > protocol.count:
+        raise ValueError(
+            f"{len(files)} images are more than the {protocol.count} of {protocol.name}; move the others away, since "
+            "the figure depends on their number"
+        )
+    check_sizes(files, protocol)
+    return len(files)
+
+
+def _check_samples(
+    n: int,
+    files: Sequence[Path] | None,
+    protocol: Protocol,
+    also: Sequence[str],
+    reference: Reference | None,
+    console: Console,
+) -> None:
+    """Raises ValueError for too few samples; says so where they only rename the figures."""
+    if "kid" in also and n < SUBSET_SIZE:
+        raise ValueError(f"kid is a mean over subsets of {SUBSET_SIZE}, and there are {n} images; leave it out")
+    if reference is not None:
+        check_enough(n, len(reference.whole.mu), protocol, "the set of samples")
+        for category in protocol.categories if files is not None else ():
+            own = sum(path.parent.name == category for path in files or ())
+            check_enough(own, len(reference.whole.mu), protocol, f"the set of {category}")
+    if n < protocol.count:
+        console.print(
+            f"{n} images are fewer than the {protocol.count} of {protocol.name}: its figures are named @{n} and do not "
+            "compare with published ones",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _prompts(request: Request, count: int, *, folder: bool) -> Sequence[str]:
+    """Of the file; () where there is none, which a folder with a CLIP score may not have."""
+    if request.prompts is None:
+        if folder and request.clip is not None:
+            raise ValueError("a CLIP score needs the images' prompts: --prompts FILE, line i of image i by name")
+        return ()
+    from fewstep.training.prompts import read_prompts
+
+    prompts = read_prompts(request.prompts)
+    if folder and len(prompts) != count:
+        raise ValueError(f"{request.prompts} holds {len(prompts)} prompts for {count} images; one line each is needed")
+    return prompts
+
+
+def _given_reference(request: Request, protocol: Protocol, comparing: set[str]) -> tuple[Reference | None, str]:
+    """The reference and what it is called; None for a folder, which an extractor must look at first."""
+    path = request.reference
+    if path is None and protocol.extractor == "fashion":
+        features = load_file(FASHION_CLASSIFIER / FEATURES_FILE)["features"].float()
+        return Reference(Gaussian.of(load_reference()), features=features), "packaged"
+    if path is None:
+        raise ValueError(f"{protocol.name} needs --reference FILE.npz or a FOLDER of {protocol.reference}")
+    if path.is_dir():
+        check_sizes(image_files(path, protocol), protocol)
+        return None, str(path)
+    reference = read_reference(path)
+    check_reference(reference, protocol, str(path))
+    if comparing and reference.features is None:
+        raise ValueError(
+            f"{path} holds moments alone, and {', '.join(sorted(comparing))} compares features: name the folder of "
+            "real images, or make the file with `fewstep reference --features`"
+        )
+    return reference, str(path)
+
+
+def _made(folder: Path, protocol: Protocol, extractor: Extractor, console: Console | None) -> Reference:
+    files = image_files(folder, protocol)
+    check_enough(len(files), extractor.dim, protocol, str(folder))
+    with bar(f"reference {folder}", len(files), console) as done:
+        seen = look(extractor, batches(files, protocol, extractor.channels, BATCH), advance=done)
+    parts = {}
+    for name in protocol.categories:
+        rows = [i for i, path in enumerate(files) if path.parent.name == name]
+        check_enough(len(rows), extractor.dim, protocol, f"{folder}/{name}")
+        parts[name] = Gaussian.of(Moments.of(seen.features[rows]))
+    return Reference(Gaussian.of(seen.moments), parts, seen.features, meta_of(protocol, extractor))
+
+
+def _samples(
+    student: Student,
+    protocol: Protocol,
+    channels: int,
+    prompts: Sequence[str],
+    firsts: range,
+    batch_size: int | None,
+) -> Iterator[tuple[dict[str, Any], Iterator[Tensor], Sequence[str]]]:
+    """Sets of a student's samples, one for each first seed: what they are, the pictures, their prompts."""
+    n = firsts.step
+    texts = cycled(prompts or student.teacher.prompts, 0, n)
+
+    def pictures(seed: int) -> Iterator[Tensor]:
+        """A batch at a time: 30,000 of 1024 pixels would fit no memory."""
+        for start in range(0, n, BATCH):
+            own = texts[start : start + BATCH]
+            images = student.sample(len(own), own, seed + start, batch_size=batch_size)
+            yield prepared_tensor(quantise(images), protocol, channels)
+
+    told = {"iteration": student.iteration, "steps": student.sampler.num_steps}
+    for seed in firsts:
+        yield told | {"seed": seed}, pictures(seed), texts
+
+
+def _append(file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
