@@ -9,10 +9,10 @@ from griffe import Extension, Object
 
 
 class Verbatim(Extension):
-    """Keeps line breaks, and takes *, _, [, < and | of formulas and shapes for what they are."""
+    """Keeps line breaks, and takes *, _, [, < and | outside `code` for what they are."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rewrite the object's docstring."""
         if obj.docstring:
-            text = re.sub(r"([\\*_\[\]<|])", r"\\\1", obj.docstring.value)
+            text = re.sub(r"(`[^`]*`)|([\\*_\[\]<|])", lambda m: m[1] or "\\" + m[2], obj.docstring.value)
             obj.docstring.value = re.sub(r"(?<=[^\n])\n(?=[^\n])", "  \n", text)
