@@ -19,7 +19,8 @@ OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clock demo test test-all oracles mutants compare bench golden check format smoke index teachers clean
+.PHONY: help setup clock demo test test-all oracles mutants compare bench golden check format smoke index docs teachers \
+        clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -54,6 +55,10 @@ smoke: setup  ## a toy distillation through the command line
 	$(PY) -m fewstep.cli distill --teacher mixture --method dmd2 --iterations 20 --out runs/smoke --overwrite
 index: setup  ## write fewstep/index.json again, after adding a method or teacher
 	$(PY) -m fewstep.index
+docs: setup  ## the documents as pages in build/site; a warning is an error
+	$(PY) -c "import mkdocs, material, mkdocstrings_handlers.python" 2>/dev/null || { pins=$$(mktemp); \
+	    $(PY) -c "$$PINS" $(OWN) > $$pins; $(PY) -m pip install -q -c $$pins -e '.[docs]'; rm $$pins; }
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 teachers: setup  ## train the embedded teacher again, or one STAGE of it
 	$(PY) -m fewstep.teachers.fashion_build --stage $(strip $(STAGE))
 clean:  ## caches and packaging left-overs; .venv, runs/ and the teachers' build/ stay

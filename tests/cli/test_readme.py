@@ -1,66 +1,53 @@
-"""The README's examples run as they stand.
+"""The examples of README.md and docs/ run as they stand.
 
-A fenced block after the HTML comment `<!-- test -->` is executed, all of them in order and in one temporary folder;
-one after `<!-- test: slow -->` only in the slow suite.  In bash blocks `fewstep` is this source tree's.
+A fenced block after the HTML comment `<!-- test -->` is executed, all of a document in order and in one temporary
+folder; one after `<!-- test: slow -->` only in the slow suite.  In bash blocks `fewstep` is this source tree's.  In
+docs/ each other block, but for plain text, has its reason above it: `<!-- not run: REASON -->`.
 """
-
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-MARKED = re.compile(r"^<!-- test(?P<slow>: slow)? -->\n+```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
-FEWSTEP = f'set -euo pipefail\nfewstep() {{ "{sys.executable}" -m fewstep.cli "$@"; }}\n'
+from tests.documents import PAGES, README, ROOT, Block, check_runs, marked_blocks, unmarked
+
+DOCUMENTS = [README, *PAGES]
 
 
-class Block(NamedTuple):
-    language: str
-    code: str
-    slow: bool
+def named(paths):
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
 
 
-def marked_blocks(text: str) -> list[Block]:
-    return [Block(m["language"], m["code"], bool(m["slow"])) for m in MARKED.finditer(text)]
+def blocks_of(path):
+    return marked_blocks(path.read_text(encoding="utf-8"))
 
 
-def check_runs(block: Block, folder: Path) -> None:
-    command = {"bash": ["bash", "-c", FEWSTEP + block.code], "python": [sys.executable, "-c", block.code]}
-    assert block.language in command, f"a marked block must be bash or python, not {block.language}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command[block.language], cwd=folder, env=environment, capture_output=True, text=True, timeout=3600
-    )
-    assert done.returncode == 0, f"{block.code}\n{done.stdout}\n{done.stderr}"
+FAST = [path for path in DOCUMENTS if any(not block.slow for block in blocks_of(path))]
+SLOW = [path for path in DOCUMENTS if any(block.slow for block in blocks_of(path))]
 
 
-@pytest.fixture
-def blocks() -> list[Block]:
-    if not README.is_file():
-        pytest.skip("README.md is not written yet")
-    return marked_blocks(README.read_text(encoding="utf-8"))
-
-
-def test_every_mark_is_followed_by_a_block_that_is_found(blocks):
+@pytest.mark.parametrize("path", named(DOCUMENTS))
+def test_every_mark_is_followed_by_a_block_that_is_found(path):
     """Fails if a mark is misspelt, or a block is not fenced right after it."""
-    assert len(blocks) == README.read_text(encoding="utf-8").count("<!-- test") >= 1
-    assert any(not block.slow for block in blocks)
+    text = path.read_text(encoding="utf-8")
+    assert len(blocks_of(path)) == text.count("<!-- test")
+    assert path in FAST or path != README
 
 
-def test_marked_examples_run(blocks, tmp_path):
-    for block in blocks:
+@pytest.mark.parametrize("path", named(PAGES))
+def test_every_block_of_a_page_is_run_or_says_why_not(path):
+    assert unmarked(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", named(FAST))
+def test_marked_examples_run(path, tmp_path):
+    for block in blocks_of(path):
         if not block.slow:
             check_runs(block, tmp_path)
 
 
 @pytest.mark.slow
-def test_slow_examples_run_after_the_others(blocks, tmp_path):
-    for block in blocks if any(block.slow for block in blocks) else []:
+@pytest.mark.parametrize("path", named(SLOW))
+def test_slow_examples_run_after_the_others(path, tmp_path):
+    for block in blocks_of(path):
         check_runs(block, tmp_path)
 
 
@@ -73,3 +60,12 @@ def test_failing_example_fails_the_test(tmp_path):
 def test_unmarked_blocks_are_left_alone():
     text = "```bash\nfalse\n```\n<!-- test: slow -->\n```bash\na\n```\n<!-- test -->\n\n```python\nb\n```\n"
     assert marked_blocks(text) == [Block("bash", "a\n", True), Block("python", "b\n", False)]
+    assert unmarked(text) == ["false"]
+
+
+def test_a_reason_is_more_than_its_mark():
+    """Mutation: a mark without a reason counts."""
+    text = (
+        "<!-- not run:  -->\n```bash\na\n```\n<!-- not run: it costs an hour -->\n```yaml\nb: 1\n```\n```text\nc\n```\n"
+    )
+    assert unmarked(text) == ["a"] and marked_blocks(text) == []
