@@ -6,8 +6,9 @@ Every measurement is one line of JSON with all that its figures depend on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,7 @@ def measure(
     Raises ValueError, LookupError or OSError for what cannot be measured, before any weights are read where possible.
     """
     console = console or Console(stderr=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     protocol = find_protocol(request.protocol)
     unknown = set(request.also) - set(ALSO)
     if unknown:
@@ -112,11 +114,13 @@ def measure(
     prompts = _prompts(request, count, folder=files is not None)
     comparing = COMPARING & {*protocol.figures, *request.also}
     reference, name = _given_reference(request, protocol, comparing)
-    _check_samples(count, files, protocol, request.also, reference, console)
+    _check_samples(count, files, protocol, request.also, reference, say)
     extractor = request.extractor()
     if "inception_score" in request.also and extractor.head is None:
         raise ValueError(f"an Inception score is of Inception's classes, and {protocol.name} uses {extractor.name}.")
     check_enough(count, extractor.dim, protocol, "the set of samples")
+    if "frechet" in protocol.figures and count <= extractor.dim:
+        say(f"{count} images for {extractor.dim} features: the covariance is singular, the distance biased upwards")
     if reference is None:
         assert request.reference is not None
         reference = _made(request.reference, protocol, extractor, console)
@@ -193,7 +197,7 @@ def _check_samples(
     protocol: Protocol,
     also: Sequence[str],
     reference: Reference | None,
-    console: Console,
+    say: Callable[[str], None],
 ) -> None:
     """Raises ValueError for too few samples; says so where they only rename the figures."""
     if "kid" in also and n < SUBSET_SIZE:
@@ -204,12 +208,9 @@ def _check_samples(
             own = sum(path.parent.name == category for path in files or ())
             check_enough(own, len(reference.whole.mu), protocol, f"the set of {category}")
     if n < protocol.count:
-        console.print(
+        say(
             f"{n} images are fewer than the {protocol.count} of {protocol.name}: its figures are named @{n} and do not "
-            "compare with published ones",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            "compare with published ones"
         )
 
 
@@ -227,7 +228,7 @@ def _prompts(request: Request, count: int, *, folder: bool) -> Sequence[str]:
     return prompts
 
 
-def _given_reference(request: Request, protocol: Protocol, comparing: set[str]) -> tuple[Reference | None, str]:
+def _given_reference(request: Request, protocol: Protocol, comparing: Set[str]) -> tuple[Reference | None, str]:
     """The reference and what it is called; None for a folder, which an extractor must look at first."""
     path = request.reference
     if path is None and protocol.extractor == "fashion":

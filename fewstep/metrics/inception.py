@@ -129,8 +129,9 @@ class Inception(nn.Module):
         width = 3
         for entry in STEM.split():
             name, text = entry.split(":")
-            self.add_module(name, _convolution(width, text, same=False))
-            width = self.get_submodule(name).conv.out_channels
+            layer = _convolution(width, text, same=False)
+            self.add_module(name, layer)
+            width = layer.conv.out_channels
         for name, (pool, branches) in BLOCKS.items():
             block = Block(width, pool, branches)
             self.add_module(name, block)
@@ -222,7 +223,7 @@ def _convolution(width_in: int, text: str, *, same: bool = True) -> ConvNorm:
     width, _, kernel = text.partition("@")
     height, _, across = kernel.partition("x")
     size = int(height), int(across)
-    padding = (size[0] // 2, size[1] // 2) if same and not stride else (int(added or 0),) * 2
+    padding = (size[0] // 2, size[1] // 2) if same and not stride else (int(added or 0), int(added or 0))
     return ConvNorm(width_in, int(width), size, int(stride or 1), padding)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -75,11 +75,12 @@ def figures_of(
 ) -> dict[str, float]:
     """All figures of pictures that were looked at, by what they may be called.
 
-    groups: each picture's category, for the Frechet distance of each that the reference has.  Raises ValueError for an
-    Inception score without classes, and where features are to be compared and the reference has none.
+    also: of `protocols.ALSO`.  groups: each picture's category, for the Frechet distance of each that the reference
+    has.  Raises ValueError for an Inception score without classes, and where features are to be compared and the
+    reference has none.
     """
     n, found = len(seen.features), dict[str, float]()
-    wanted, real = {*protocol.figures, *also}, reference.features
+    wanted = {*protocol.figures, *also}
     if "frechet" in wanted:
         found["frechet"] = _frechet(seen.moments, reference.whole)
         for name in [name for name in reference.parts if name in groups]:
@@ -89,19 +90,27 @@ def figures_of(
         if extractor.head is None:
             raise ValueError(f"an Inception score is of Inception's classes; {protocol.name} uses {extractor.name}.")
         found["inception_score"] = inception_score(seen.features, extractor.head, splits=SPLITS)[0]
-    if COMPARING & wanted and real is None:
-        raise ValueError(f"{', '.join(sorted(COMPARING & wanted))} compares features, and the reference keeps none.")
-    if "mmd" in wanted:
-        found["mmd"] = gaussian_distance(seen.features, real)
-    if "kid" in wanted:
-        generator = torch.Generator().manual_seed(SUBSET_SEED)
-        sizes = {"subset_size": SUBSET_SIZE, "num_subsets": NUM_SUBSETS}
-        found["kid"] = subset_kernel_distance(seen.features, real, generator, **sizes).mean
-    if "manifold" in wanted:
-        found |= manifold(seen.features, real, k=K, k_density=K_DENSITY)._asdict()
+    if comparing := COMPARING & wanted:
+        found |= _compared(seen.features, reference.features, comparing)
     if seen.cosines is not None:
         found["clip_score"] = 100 * float(seen.cosines.mean())
     return {_name(figure, protocol, n, extractor.verified): value for figure, value in found.items()}
+
+
+def _compared(fake: Tensor, real: Tensor | None, wanted: Set[str]) -> dict[str, float]:
+    """The figures of `COMPARING` that are wanted."""
+    if real is None:
+        raise ValueError(f"{', '.join(sorted(wanted))} compares features, and the reference keeps none.")
+    found = {}
+    if "mmd" in wanted:
+        found["mmd"] = gaussian_distance(fake, real)
+    if "kid" in wanted:
+        generator = torch.Generator().manual_seed(SUBSET_SEED)
+        sizes = {"subset_size": SUBSET_SIZE, "num_subsets": NUM_SUBSETS}
+        found["kid"] = subset_kernel_distance(fake, real, generator, **sizes).mean
+    if "manifold" in wanted:
+        found |= manifold(fake, real, k=K, k_density=K_DENSITY)._asdict()
+    return found
 
 
 def _name(figure: str, protocol: Protocol, n: int, verified: bool) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fewstep.metrics import inception
 from fewstep.metrics.features import extract, load_fashion_classifier, load_reference
-from fewstep.metrics.frechet import Moments, moments_distance
+from fewstep.metrics.frechet import Moments, frechet_distance, moments_distance
 from fewstep.metrics.image_folder import SUFFIXES
 from fewstep.metrics.manifold import manifold
 from fewstep.metrics.protocols import PROTOCOLS
@@ -136,7 +136,7 @@ def fashion_run(cli, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("fashion") / "run"
     done = cli(
         "distill", "--teacher", "fashion-dit", "--method", "dmd2", "--iterations", "1", "--batch-size", "2",
-        "--device", "cpu", "--set", "train.evaluate=null", "--out", out,
+        "--device", "cpu", "--set", "train.evaluate_samples=140", "--out", out,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     return out
@@ -147,12 +147,14 @@ def test_a_student_is_measured_as_its_files_would_be(cli, fashion_run, tmp_path)
     """Sets of samples by seed, of the noise of their own numbers; FMD by hand. Mutation: one seed for all batches."""
     done = cli("eval", fashion_run, *FASHION, "-n", "60", "--seed", "7", "--seeds", "2", "--to", tmp_path / "l.jsonl")
     assert done.exit_code == 0, done.output
+    assert "60 images for 128 features" in done.stderr
     first, second = lines(tmp_path / "l.jsonl")
     assert (first["seed"], second["seed"]) == (7, 67) and first["n"] == 60
-    student = load_student(fashion_run, device="cpu")
+    student, real = load_student(fashion_run, device="cpu"), load_reference()
     for line in (first, second):
         features, _ = extract(load_fashion_classifier(), student.sample(60, seed=line["seed"]))
-        expected = moments_distance(Moments.of(features), load_reference())
+        own = Moments.of(features)
+        expected = frechet_distance(own.mean, own.cov, real.mean, real.cov)
         assert line["figures"]["FMD@60"] == pytest.approx(expected, rel=1e-6)
 
 
