@@ -119,7 +119,7 @@ def test_links_lead_to_files(path):
 @pytest.mark.parametrize("path", named(DOCUMENTS))
 def test_commands_and_options_exist(path):
     text = path.read_text()
-    flags = {word for span in spans(text) for word in re.findall(r"^--[a-z][a-z-]*", span)}
+    flags = {word for span in spans(text) for word in re.findall(r"^--[a-z][a-z0-9-]*", span)}
     known = set().union(*map(options_of, COMMANDS))
     assert wrong_calls(text) == [] and flags - known == set()
 
