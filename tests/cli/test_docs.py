@@ -152,7 +152,9 @@ def test_defaults_in_a_table_of_settings_are_the_codes(path):
 
 
 def test_every_method_has_a_page():
-    assert {path.stem for path in METHOD_PAGES} == set(METHODS.names())
+    """The examples of other tests register methods of their own."""
+    ours = {name for name in METHODS.names() if METHODS.get(name).__module__.startswith("fewstep.")}
+    assert {path.stem for path in METHOD_PAGES} == ours
 
 
 @pytest.mark.parametrize("path", named(METHOD_PAGES))
