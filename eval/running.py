@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from fewstep.training.checkpoint import write_text
+from fewstep.files import write_text
 
 ROOT = Path(__file__).parents[1]
 SEEDS, SAMPLES = 3, 10_000

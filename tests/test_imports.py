@@ -142,6 +142,12 @@ def test_cli_imports_no_torch():
     assert not {"torch", "diffusers", "transformers", "accelerate"} & set(loaded)
 
 
+def test_a_page_of_a_run_needs_no_torch():
+    """It is read from JSON and pictures.  Mutation: what writes the file imported from the checkpoints' module."""
+    loaded = fresh("-c", "import sys, fewstep.report.page, fewstep.report.serve; print(*sys.modules)").split()
+    assert not {"torch", "diffusers", "transformers", "accelerate"} & set(loaded)
+
+
 def test_cli_help_takes_less_than_a_second():
     """Best of 5."""
     seconds = []

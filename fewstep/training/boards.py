@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fewstep.training.checkpoint import write_text
+from fewstep.files import write_text
 
 Board = Literal["wandb", "trackio"]
 BOARDS: tuple[Board, ...] = get_args(Board)

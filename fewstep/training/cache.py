@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fewstep.environment import cache_folder
+from fewstep.files import write_text
 from fewstep.sampling import Advance
-from fewstep.training.checkpoint import write_text
 from fewstep.training.shards import Shards
 
 log = logging.getLogger("fewstep")

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep.files import flush
 from fewstep.models.sharding import spread, whole
 
 log = logging.getLogger("fewstep")
@@ -53,24 +54,13 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps(sums, indent=1, sort_keys=True))
     for path in temporary.iterdir():
-        _flush(path)
-    _flush(temporary)
+        flush(path)
+    flush(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     return folder
-
-
-def write_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """Write a text file atomically: a kill leaves the old one or the new one.
-
-    shared: several processes may write it at once.
-    """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp" if shared else ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -79,7 +69,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     held = None if metadata is None else dict(metadata)
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, held)
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, path)
 
 
@@ -218,14 +208,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder; folders cannot be opened on Windows, where the rename is durable by itself."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

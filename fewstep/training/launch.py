@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.config import RunConfig, differences, read_yaml
 from fewstep.environment import describe, device_of
+from fewstep.files import write_text
 from fewstep.metrics.clip_score import agreement, load_clip_scorer
 from fewstep.models.attention import choose_attention
 from fewstep.models.denoiser import Denoiser
@@ -63,7 +64,7 @@ OURS = (
     "eval.csv",
     "eval.md",
 )
-LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp", "eval.tmp")
+LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp", "eval.tmp", "board.tmp", "report.tmp")
 """What a run writes into its folder (the latter if it is killed), and what --overwrite deletes."""
 COPY = (PROMPTS, LISTED, "prompts.tmp")
 """Deleted with a run, but no sign of one: a user's own file may well have this name."""
@@ -137,10 +138,10 @@ def prepare(
             console.print(said, highlight=False, markup=False, soft_wrap=True)
         if overwrite:
             _clear(out)
-        checkpoint.write_text(out / CONFIG, config.to_yaml())
+        write_text(out / CONFIG, config.to_yaml())
         if given:
             write_copy(given, out)
-        checkpoint.write_text(out / "environment.json", json.dumps(describe(), indent=1))
+        write_text(out / "environment.json", json.dumps(describe(), indent=1))
     return trainer, teacher
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion import ode
+from fewstep.files import write_text
 from fewstep.sampling import Advance, at_a_time, check_count, cycled, numbered_noise
 from fewstep.teachers.base import Teacher
-from fewstep.training.checkpoint import fingerprint, write_text
+from fewstep.training.checkpoint import fingerprint
 from fewstep.training.embeddings import StoredConditions
 from fewstep.training.order import Order
 from fewstep.training.shards import Shards

@@ -13,8 +13,9 @@ from typing import overload
 
 import numpy
 
+from fewstep.files import write_text
 from fewstep.training.cache import INDEX, cache_folder, fingerprint_of, stamps
-from fewstep.training.checkpoint import PROMPTS, write_text
+from fewstep.training.checkpoint import PROMPTS
 from fewstep.training.sources import text_files, texts_in
 
 SMALL = 2**24

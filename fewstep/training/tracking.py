@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewstep.advice import advice
-from fewstep.training.checkpoint import write_text
+from fewstep.files import write_text
 
 
 class Tracker:

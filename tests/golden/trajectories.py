@@ -22,11 +22,11 @@ from rich.console import Console
 from torch import nn
 
 from fewstep.environment import describe
+from fewstep.files import write_text
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import METHODS, student_of
 from fewstep.rng import Rng
 from fewstep.teachers import Teacher, mixture
-from fewstep.training.checkpoint import write_text
 from fewstep.training.data import PromptData
 from fewstep.training.optim import OptimConfig
 from fewstep.training.options import TrainConfig

@@ -52,7 +52,7 @@ def test_nothing_is_visible_before_everything_is_flushed(tmp_path: Path, monkeyp
         flushed.append(path)
         assert checkpoint.all_of(tmp_path) == [] or path == tmp_path / "checkpoints"
 
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(checkpoint, "flush", flush)
     (folder,) = saved(tmp_path, 5)
     files = sorted(path.name for path in folder.iterdir())
     assert sorted(path.name for path in flushed[:-2]) == files
@@ -66,20 +66,10 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     def full(_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint, "flush", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.write(folder, small(2))
     assert checkpoint.read(folder).tensors["ema"]["w"].unique() == 1
-
-
-def test_write_text_replaces_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fails with path.write_text: a kill between opening and writing leaves an empty file."""
-    path = tmp_path / "config.yaml"
-    path.write_text("old")
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_text(path, "new")
-    assert path.read_text() == "old"
 
 
 def flip(path: Path, position: int) -> None:
