@@ -48,7 +48,8 @@ def _first(values: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return list(values[: max(5, len(values) // 10)])
 
 
-def _metric(rows: Rows) -> str | None:
+def ranking(rows: Rows) -> str | None:
+    """The figure that ranks checkpoints, lower is better: the first of an evaluation; None before there was one."""
     return next((name for row in rows for name in row if name.startswith("eval/")), None)
 
 
@@ -64,7 +65,7 @@ def _skipped(rows: Rows, train: Mapping[str, Any]) -> str | None:
 
 
 def _rising(rows: Rows, train: Mapping[str, Any]) -> str | None:
-    name = _metric(rows)
+    name = ranking(rows)
     if name is None:
         return None
     values = _values(rows, name)
@@ -80,14 +81,14 @@ def _rising(rows: Rows, train: Mapping[str, Any]) -> str | None:
 
 
 def _unmeasured(rows: Rows, train: Mapping[str, Any]) -> str | None:
-    if not rows or rows[-1]["iteration"] <= train.get("evaluate_every", math.inf) or _metric(rows) is not None:
+    if not rows or rows[-1]["iteration"] <= train.get("evaluate_every", math.inf) or ranking(rows) is not None:
         return None
     return "This teacher brings no metric, so only the pictures tell how good the student is."
 
 
 def _drift(rows: Rows, train: Mapping[str, Any]) -> str | None:
     """Contrast of samples, against that when the metric was best, or else at the middle of the run."""
-    values, name = _values(rows, "x/std"), _metric(rows)
+    values, name = _values(rows, "x/std"), ranking(rows)
     if len(values) < 20:
         return None
     measured = _values(rows, name) if name is not None else []

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from fewstep.advice import ranking
+
 QUIET = 180.0
 """Seconds after its last figures that a run is taken for one that goes on."""
 
@@ -79,11 +81,10 @@ class Record:
                     values.append(float(value))
         return found
 
-    @property
+    @cached_property
     def metric(self) -> str | None:
-        """The figure that ranks checkpoints: the first of an evaluation."""
-        named = (name for row in self.rows for name in row if name.startswith("eval/"))
-        return next(named, None)
+        """The figure that ranks checkpoints."""
+        return ranking(self.rows)
 
     @property
     def best(self) -> tuple[int, float] | None:

@@ -96,7 +96,8 @@ class Preview:
         if judge is None or images is None:
             return {}
         figures = judge.measure(images, cycled(self.teacher.prompts, 0, self.samples))
-        named = {f"{name}@{self.samples}": value for name, value in figures.items()}
+        ranked = {judge.metric: figures[judge.metric]} | figures  # first: who reads the log takes the first for it
+        named = {f"{name}@{self.samples}": value for name, value in ranked.items()}
         return named | {"rank": figures[judge.metric]}
 
 

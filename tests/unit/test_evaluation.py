@@ -146,6 +146,14 @@ def test_previews_of_large_samples_hold_few(run, shape, grid):
     assert (len(prompts), each) == grid and preview.prompts() == prompts
 
 
+def test_the_figure_that_ranks_is_logged_first(run):
+    """Fails if figures are logged as they come: advice and page would take another for it."""
+    judge = replace(run.teacher.evaluation, measure=lambda x, prompts: {"precision": 0.9, "sw": 0.1}, metric="sw")
+    preview = Preview(replace(run.teacher, evaluation=judge), run.out, run.config.objective.sampler, samples=8)
+    figures = preview.evaluate(run.student.denoiser, 1)
+    assert list(figures) == ["sw@8", "precision@8", "rank"] and figures["rank"] == 0.1
+
+
 def test_final_tables_hold_every_figure_and_the_running_metric_does_not(run):
     """Fails if `full` is used at every evaluation of a training, or never."""
     judge = replace(run.teacher.evaluation, full=lambda x, prompts: {"everything": 1.0})
