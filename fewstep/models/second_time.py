@@ -68,6 +68,10 @@ class SecondTime(Backbone):
         """As the plain network's."""
         return self.inner.network_time(t)
 
+    def guide(self, c: Tensor, u: Tensor, scale: float) -> Tensor:
+        """As the plain network's."""
+        return self.inner.guide(c, u, scale)
+
     def forward(self, x: Tensor, network_time: Tensor, cond: Condition) -> Tensor:
         """The raw output; `cond.extra["until"]` is [B] float32 in [0, 1].  Raises ValueError if it is missing."""
         if UNTIL not in cond.extra:

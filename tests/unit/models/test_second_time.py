@@ -106,3 +106,11 @@ def test_a_family_without_a_time_embedding_is_refused():
     teacher = gaussian()
     with pytest.raises(ValueError, match="time_embedding"):
         with_second_time(teacher.denoiser)
+
+
+def test_it_guides_as_its_network_does(start, monkeypatch):
+    """Fails if the wrapper falls back on plain guidance: a family may have its own, as Qwen-Image."""
+    generator = trio(start).generator
+    monkeypatch.setattr(generator.backbone.inner, "guide", lambda c, u, scale: c - scale)
+    said = generator(torch.zeros(2, *start[2]), torch.tensor([0.9, 0.4]), start[1].also(until=torch.tensor([0.5, 0.1])))
+    assert said.guide(torch.ones(2), torch.zeros(2), 3.0).tolist() == [-2, -2]
