@@ -14,7 +14,6 @@ import csv
 import html
 import io
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.metrics.names import better, title
+from fewstep.metrics.names import DOWN, UP, best_rows, cell, heading
 
-UP, DOWN = "↑", "↓"
 MARKS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 """Of notes, by digit."""
 
@@ -124,18 +122,17 @@ def tables(lines: Sequence[Line], figures: Sequence[str] = ()) -> list[Table]:
 def _table(lines: Sequence[Line], figures: Sequence[str]) -> Table:
     columns = [name for name in figures if any(name in line.figures for line in lines)]
     lines = _distinct(lines)
-    arrows = {"lower": f" {DOWN}", "higher": f" {UP}", None: ""}
     kinds = list(dict.fromkeys(_kind(line) for line in lines))
     marks = {kind: _mark(place) if len(kinds) > 1 else "" for place, kind in enumerate(kinds)}
     rows, bold = [], set()
     for line in lines:
-        cells = [_cell(line, name) for name in columns]
+        cells = [cell(name, line.figures, line.spread) for name in columns]
         rows.append((line.name + marks[_kind(line)], f"{line.steps:g}", *cells))
     for place, name in enumerate(columns):
-        for row in _best(name, lines):
+        for row in best_rows(name, [line.figures for line in lines]):
             bold.add((row, place + 2))
     notes = [f"{marks[kind]} {kind}".strip() for kind in kinds] + [f"protocol {lines[0].protocol[:12]}"]
-    head = ("model", "NFE", *(title(name) + arrows[better(name)] for name in columns))
+    head = ("model", "NFE", *map(heading, columns))
     return Table(head, tuple(rows), frozenset(bold), tuple(notes))
 
 
@@ -158,25 +155,6 @@ def _kind(line: Line) -> str:
     if line.trainings > 1:
         return f"{sets} of each of {line.trainings} trainings; mean ± deviation over these"
     return f"{sets}; mean ± deviation over the sets" if line.seeds > 1 else sets
-
-
-def _cell(line: Line, name: str) -> str:
-    if name not in line.figures:
-        return "-"
-    spread = line.spread.get(name)
-    return f"{line.figures[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
-
-
-def _best(name: str, lines: Sequence[Line]) -> list[int]:
-    """Rows of the best value; none of a figure that has no better, or stands once."""
-    have = {
-        row: line.figures[name] for row, line in enumerate(lines) if math.isfinite(line.figures.get(name, math.nan))
-    }
-    way = better(name)
-    if way is None or len(have) < 2:
-        return []
-    best = (min if way == "lower" else max)(have.values())
-    return [row for row, value in have.items() if value == best]
 
 
 def markdown(found: Sequence[Table]) -> str:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fewstep.bar import bar
 from fewstep.environment import describe, device_of
-from fewstep.metrics.names import title
+from fewstep.files import write_text
+from fewstep.metrics.names import cell, title
 from fewstep.metrics.suite import over_seeds
 from fewstep.sampling import Student, check_count, cycled, sample_teacher
 from fewstep.students import load_student, untrained_student
 from fewstep.teachers.base import Evaluation
-from fewstep.training.checkpoint import write_text
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,12 @@ def markdown(rows: list[Row]) -> str:
             str(row.steps),
             "-" if row.guidance is None else f"{row.guidance:g}",
             str(row.n) if row.seeds == 1 else f"{row.seeds} x {row.n}",
-            *(_cell(row, name) for name in names),
+            *(cell(name, row.figures, row.spread) for name in names),
         ]
         for row in rows
     ]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(row: Row, name: str) -> str:
-    if name not in row.figures:
-        return "-"
-    spread = "" if row.spread is None else f" ± {row.spread[name]:.2g}"
-    return f"{row.figures[name]:.4g}{spread}"
 
 
 def _write(run: Path, rows: list[Row], student: Student, which: str, protocol_hash: str) -> None:

@@ -1,9 +1,12 @@
-"""How figures are called in tables, and which way is better."""
+"""How figures stand in tables: what they are called, which way is better, and which of a column is best."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+UP, DOWN = "↑", "↓"
 TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
 """Where they are not the keys themselves."""
 LOWER = frozenset({"fmd", "fmd_test", "kmd", "kmd_full", "sw", "fd"})
@@ -18,3 +21,25 @@ def title(name: str) -> str:
 def better(name: str) -> Literal["lower", "higher"] | None:
     """Which way it is better, if one is."""
     return "lower" if name in LOWER else "higher" if name in HIGHER else None
+
+
+def heading(name: str) -> str:
+    """The figure's name with an arrow where it is better."""
+    return title(name) + {"lower": f" {DOWN}", "higher": f" {UP}", None: ""}[better(name)]
+
+
+def cell(name: str, figures: Mapping[str, float], spread: Mapping[str, float] | None = None) -> str:
+    """The figure in four digits, and its deviation if there is one; "-" where it was not measured."""
+    if name not in figures:
+        return "-"
+    return f"{figures[name]:.4g}" + (f" ± {spread[name]:.2g}" if spread and name in spread else "")
+
+
+def best_rows(name: str, rows: Sequence[Mapping[str, float]]) -> list[int]:
+    """Which of the rows have the best value; none of a figure that has no better, or is finite in one row alone."""
+    have = {row: found[name] for row, found in enumerate(rows) if math.isfinite(found.get(name, math.nan))}
+    way = better(name)
+    if way is None or len(have) < 2:
+        return []
+    best = (min if way == "lower" else max)(have.values())
+    return [row for row, value in have.items() if value == best]

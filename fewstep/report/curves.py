@@ -42,7 +42,7 @@ def _chart(name: str, records: Sequence[Record], shared: Any) -> Any:
     from bokeh.models import ColumnDataSource, HoverTool, Span
     from bokeh.plotting import figure
 
-    having = [(colour, record) for colour, record in zip(_cycled(len(records)), records) if name in record.series]
+    having = [(colour, record) for colour, record in zip(colours(len(records)), records) if name in record.series]
     values = [value for _, record in having for value in record.series[name][1] if math.isfinite(value)]
     log = bool(values) and min(values) > 0 and max(values) > 30 * min(values)
     chart: Any = figure(
@@ -81,7 +81,8 @@ def _chart(name: str, records: Sequence[Record], shared: Any) -> Any:
     return chart
 
 
-def _cycled(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
+    """Of so many runs, in their order."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from fewstep.advice import advice
-from fewstep.metrics.names import better, title
-from fewstep.report.curves import COLOURS, charts
+from fewstep.files import write_text
+from fewstep.metrics.names import best_rows, cell, heading
+from fewstep.report.curves import charts, colours
 from fewstep.report.frames import Frame, frames
 from fewstep.report.record import Record, read_all
 
@@ -30,8 +31,6 @@ def write_report(runs: Sequence[Path], to: Path | None = None) -> Path:
     path = to or runs[0] / "report.html"
     if path.is_dir():
         raise ValueError(f"--to {path} is a folder; name the file, as {path / 'report.html'}")
-    from fewstep.training.checkpoint import write_text
-
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render(records))
     return path
@@ -59,15 +58,11 @@ def render(records: Sequence[Record], *, refresh: int | None = None) -> str:
         script=script,
         charts=[(chart.name, part) for chart, part in zip(drawn, parts)],
         main=MAIN,
-        runs=[_run(record, colour, made) for record, colour, made in zip(records, _colours(len(records)), shown)],
+        runs=[_run(record, colour, made) for record, colour, made in zip(records, colours(len(records)), shown)],
         moments=sorted({frame.iteration for made in shown for frame in made}),
         table=_table(records),
         differences=_differences(records),
     )
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _run(record: Record, colour: str, made: Sequence[Frame]) -> dict[str, Any]:
@@ -128,36 +123,22 @@ def _table(records: Sequence[Record]) -> dict[str, Any] | None:
 
 
 def _block(protocol: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    names = list(dict.fromkeys(name for _, row in rows for name in row["figures"]))
-    best = {name: _best(name, [row["figures"].get(name) for _, row in rows]) for name in names}
-    arrows = {"lower": " ↓", "higher": " ↑", None: ""}
+    figures = [row["figures"] for _, row in rows]
+    names = list(dict.fromkeys(name for found in figures for name in found))
+    best = {name: best_rows(name, figures) for name in names}
     return {
         "protocol": protocol,
-        "head": [title(name) + arrows[better(name)] for name in names],
+        "head": [heading(name) for name in names],
         "rows": [
             {
                 "model": model + (" (stored)" if row["stored"] else ""),
                 "steps": row["steps"],
                 "samples": f"{row['n']:,}" if row["seeds"] == 1 else f"{row['seeds']} x {row['n']:,}",
-                "cells": [(_cell(row, name), row["figures"].get(name) == best[name] is not None) for name in names],
+                "cells": [(cell(name, row["figures"], row.get("spread")), place in best[name]) for name in names],
             }
-            for model, row in rows
+            for place, (model, row) in enumerate(rows)
         ],
     }
-
-
-def _best(name: str, values: Sequence[float | None]) -> float | None:
-    have = [value for value in values if value is not None]
-    if better(name) is None or len(have) < 2:
-        return None
-    return min(have) if better(name) == "lower" else max(have)
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    if name not in row["figures"]:
-        return "-"
-    spread = (row.get("spread") or {}).get(name)
-    return f"{row['figures'][name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
 
 
 def _differences(records: Sequence[Record]) -> list[tuple[str, list[str]]]:

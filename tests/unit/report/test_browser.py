@@ -73,6 +73,7 @@ def test_hover_tells_a_curves_numbers(page):
     page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
     page.locator(".bk-Tooltip >> text=iteration").first.wait_for()
     page.locator(".bk-Tooltip >> text=second").first.wait_for()
+    assert page.locator(".bk-Tooltip >> text=dm").first.is_visible()
 
 
 def test_nothing_is_wider_than_the_window(page):
