@@ -195,7 +195,7 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; with --protocol, or a folder of images.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or with --protocol a folder of images.")],
     n: Annotated[
         int | None, typer.Option("--n", "-n", help="Samples behind each figure: 10,000, or as many as the protocol.")
     ] = None,
@@ -306,7 +306,9 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are shown beside each other.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders of runs; several are shown beside each other.")
+    ],
     to: Annotated[Path | None, typer.Option(help="The file; default: report.html in the first run's folder.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Show it on this machine, and anew while a run goes on.")] = (
         False

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.bar import bar
 from fewstep.environment import describe, device_of
-from fewstep.metrics.clip_score import read_clip
+from fewstep.metrics.clip_score import ClipScorer, read_clip
 from fewstep.metrics.extractors import Extractor, load_extractor
 from fewstep.metrics.features import FASHION_CLASSIFIER, load_reference, quantise
 from fewstep.metrics.frechet import Moments
@@ -100,11 +100,7 @@ def measure(
     console = console or Console(stderr=True)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     protocol = find_protocol(request.protocol)
-    unknown = set(request.also) - set(ALSO)
-    if unknown:
-        raise LookupError(f"no figure named {', '.join(sorted(unknown))}; --also takes {', '.join(ALSO)}")
-    if not target.is_dir():
-        raise FileNotFoundError(f"no run or folder of images at {target}")
+    _check_asked(target, request)
     files, count = None, protocol.count if n is None else n
     if images is not None or not (target / CONFIG).is_file():
         files = image_files(images or target, protocol)
@@ -126,15 +122,9 @@ def measure(
         reference = _made(request.reference, protocol, extractor, console)
     check_extractor(reference, extractor, name)
     scorer = None if request.clip is None else read_clip(request.clip)
-    record = {
-        "protocol": protocol.name,
-        "protocol_hash": protocol.hash,
-        "extractor": extractor.protocol | {"verified": extractor.verified},
-        "settings": {figure: SETTINGS[figure] for figure in request.also},
-        "clip": None if scorer is None else scorer.protocol,
-        "reference": {"file": name, "sha256": reference.sha256, "n": reference.whole.n},
-        "environment": describe(),
-    }
+    record = _described(
+        protocol, request, extractor, scorer, {"file": name, "sha256": reference.sha256, "n": reference.whole.n}
+    )
     if files is not None:
         pictures = batches(files, protocol, extractor.channels, BATCH)
         sets = iter([({"images": str(images or target)}, pictures, prompts)])
@@ -151,6 +141,29 @@ def measure(
         records.append(record | told | {"n": count, "figures": figures})
         _append(to or target / FILE, records[-1])
     return records
+
+
+def _check_asked(target: Path, request: Request) -> None:
+    """Raises LookupError for figures that there are not, FileNotFoundError for no folder."""
+    if unknown := set(request.also) - set(ALSO):
+        raise LookupError(f"no figure named {', '.join(sorted(unknown))}; --also takes {', '.join(ALSO)}")
+    if not target.is_dir():
+        raise FileNotFoundError(f"no run or folder of images at {target}")
+
+
+def _described(
+    protocol: Protocol, request: Request, extractor: Extractor, scorer: ClipScorer | None, reference: dict[str, Any]
+) -> dict[str, Any]:
+    """What every record of a measurement says besides its figures."""
+    return {
+        "protocol": protocol.name,
+        "protocol_hash": protocol.hash,
+        "extractor": extractor.protocol | {"verified": extractor.verified},
+        "settings": {figure: SETTINGS[figure] for figure in request.also},
+        "clip": None if scorer is None else scorer.protocol,
+        "reference": reference,
+        "environment": describe(),
+    }
 
 
 def make_reference(
