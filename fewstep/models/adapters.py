@@ -74,6 +74,9 @@ def add_lora(module: nn.Module, config: LoRA, *, seed: int = 0) -> None:
         # Without numbers around a network that has none; in a plan it would take seconds to draw them.
         bare = any(p.is_meta for p in module.parameters())
         inject_adapter_in_model(peft_config, module, ADAPTER, low_cpu_mem_usage=bare)
+    for name, p in module.named_parameters():
+        if ".lora_" in name:  # PEFT gives it the layer's dtype, and AdamW's steps are below the last bit of bf16
+            p.data = p.data.float()
 
 
 def add_own(module: nn.Module, name: str, part: nn.Module) -> None:

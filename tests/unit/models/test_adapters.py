@@ -269,6 +269,17 @@ def test_averages_of_adapters_leave_a_bf16_teacher_as_it_is():
     assert {p.dtype for p in trio.real_score.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("name", TEACHERS)
+def test_adapters_of_a_bf16_teacher_are_float32(name: str):
+    """Steps of 1e-5 from weights of 1e-2 are lost in bf16.  On the meta device too, where plans count them."""
+    trio = Trio.build(TEACHERS[name]().to(torch.bfloat16), ROLES, sharing="lora", lora=LoRA(rank=2))
+    for role in (trio.generator, trio.fake_score):
+        assert role is not None and {p.dtype for p in role.weights().values()} == {torch.float32}
+        assert role.backbone.dtype == torch.bfloat16
+    meta = TEACHERS[name]().to(torch.bfloat16).to("meta")
+    assert {p.dtype for p in Trio.build(meta, ROLES, sharing="lora").generator.weights().values()} == {torch.float32}
+
+
 def test_targets_choose_layers_and_unknown_ones_are_named():
     module = unet().backbone.module
     with pytest.raises(ValueError, match=r"ends in \['to_z'\]; this network has .*to_out\.0, to_q"):
