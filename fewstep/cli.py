@@ -87,7 +87,9 @@ def distill(
 
         trainer, _ = prepare(resolved, folder, load, resume=resume, overwrite=overwrite, console=console)
     _run(trainer)
-    say(f"done: {folder}. Next: fewstep eval {folder}, fewstep sample {folder}, fewstep export {folder} --to FOLDER")
+    if trainer.accelerator.is_main_process:
+        after = ", ".join(f"fewstep {command} {folder}" for command in ("eval", "sample", "export"))
+        say(f"done: {folder}. Next: {after} --to FOLDER")
 
 
 @app.command()
@@ -392,14 +394,20 @@ def _run(trainer: Any) -> None:
     from fewstep.sampling import NotFinite
     from fewstep.training.trainer import Diverged, Interrupted
 
+    signum = 0
     try:
         trainer.run()
     except Interrupted as stop:
         say(str(stop))
-        raise typer.Exit(128 + stop.signum) from None
+        signum = stop.signum
     except (Diverged, NotFinite) as stop:
         say(f"error: {stop}")
         raise typer.Exit(1) from None
+    # A process that exits within its group may abort in one of gloo's threads.  All come here or none: after an error,
+    # which may be one process's alone, the launcher ends the rest.
+    trainer.accelerator.end_training()
+    if signum:
+        raise typer.Exit(128 + signum)
 
 
 def _given(**values: Any) -> dict[str, Any]:
