@@ -21,32 +21,31 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval.bench_case import Call, Case
+from eval.bench_case import Call, Case, draw, kernels
 from fewstep_cuda import attention_jvp
 
 LENGTHS = (128, 256, 1024, 4096)
 HEADS, SIZE = 8, 64
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
     """Self-attention of one sample, 8 heads of 64, at four lengths."""
-    return [_case(length) for length in LENGTHS]
+    return [_case(length, device) for length in LENGTHS]
 
 
-def _case(length: int) -> Case:
+def _case(length: int, device: str) -> Case:
     """moved: q, k, v and their tangents read, two outputs written."""
 
     def prepared(contender: Callable[..., Any]) -> Call:
-        return partial(contender, *inputs(length))
+        return partial(contender, *inputs(length, device))
 
-    contenders = {name: partial(prepared, contender) for name, contender in CONTENDERS.items()}
-    return Case("attention_jvp", f"N={length}", (1, HEADS, length, SIZE), 8 * 4 * HEADS * length * SIZE, contenders)
+    made = {name: partial(prepared, contender) for name, contender in contenders_on(device).items()}
+    return Case("attention_jvp", f"N={length}", (1, HEADS, length, SIZE), 8 * 4 * HEADS * length * SIZE, device, made)
 
 
-def inputs(length: int) -> list[Tensor]:
+def inputs(length: int, device: str = "cpu") -> list[Tensor]:
     """q, k, v and their tangents, [1, 8, length, 64] in float32."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, HEADS, length, SIZE, generator=generator) for _ in range(6)]
+    return draw((1, HEADS, length, SIZE), 6, device)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Any:
@@ -66,26 +65,30 @@ def math_jvp(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor
         return torch.func.jvp(F.scaled_dot_product_attention, (q, k, v), (tq, tk, tv))
 
 
-def constant_keys(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, *_: Tensor) -> Any:
+def constant_keys(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, *_: Tensor, backend: str) -> Any:
     """Keys and values of a text: two products fewer."""
-    return attention_jvp(q, k, v, tq, backend="cpu")
+    return attention_jvp(q, k, v, tq, backend=backend)
 
 
-CONTENDERS: dict[str, Callable[..., Any]] = {
-    "SDPA forward": forward,
-    "math forward": math_forward,
-    "math jvp": math_jvp,
-    "chunked": partial(attention_jvp, backend="chunked"),
-    "cpu kernel": partial(attention_jvp, backend="cpu"),
-    "cpu kernel, constant keys": constant_keys,
-}
+def contenders_on(device: str) -> dict[str, Callable[..., Any]]:
+    """By name."""
+    made: dict[str, Callable[..., Any]] = {
+        "SDPA forward": forward,
+        "math forward": math_forward,
+        "math jvp": math_jvp,
+        "chunked": partial(attention_jvp, backend="chunked"),
+    }
+    for backend in kernels("attention_jvp", device):
+        made[f"{backend} kernel"] = partial(attention_jvp, backend=backend)
+        made[f"{backend} kernel, constant keys"] = partial(constant_keys, backend=backend)
+    return made
 
 
 def memory(name: str, length: int) -> float:
     """Extra peak memory of a call, in MB, in a process of its own; after a small one, which loads the libraries."""
     program = (
         "import torch; from eval import bench_attention as b; torch.set_num_threads(1);"
-        f"call = b.CONTENDERS[{name!r}]; call(*b.inputs(64)); given = b.inputs({length});"
+        f"call = b.contenders_on('cpu')[{name!r}]; call(*b.inputs(64)); given = b.inputs({length});"
         "before = b.resident('VmRSS'); b.forget_peak(); out = call(*given); print(b.resident('VmHWM') - before)"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
@@ -106,10 +109,11 @@ def forget_peak() -> None:
 def main() -> None:
     """Print what each needs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
+    known = contenders_on("cpu")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--length", type=int, default=4096)
     options = parser.parse_args()
-    for name in options.names or CONTENDERS:
+    for name in options.names or known:
         told = {"contender": name, "length": options.length, "extra_mb": round(memory(name, options.length), 1)}
         print(json.dumps(told), flush=True)
 

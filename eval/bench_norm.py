@@ -7,6 +7,7 @@ a network.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fewstep_cuda as ops
-from eval.bench_case import Call, Case
+from eval.bench_case import Call, Case, kernels
 
 Operator = tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Any], list[Tensor]]
 """Plain composition, our function, its explicit dual form, and inputs."""
@@ -86,25 +87,26 @@ SHAPES: dict[tuple[str, str], tuple[Callable[..., Operator], tuple[int, ...]]] =
 }
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
     """All of them."""
-    return [_case(operator, name) for operator, name in SHAPES]
+    return [_case(operator, name, device) for operator, name in SHAPES]
 
 
-def _case(operator: str, name: str) -> Case:
+def _case(operator: str, name: str, device: str) -> Case:
     """moved: inputs and the output, each with its tangent."""
     make, sizes = SHAPES[operator, name]
     torch.manual_seed(0)
-    plain, ours, openly, inputs = make(*sizes)
+    with torch.device(device):
+        plain, ours, openly, inputs = make(*sizes)
     tangents = [torch.randn_like(x) for x in inputs]
 
     def jvp(*both: Tensor) -> Any:
         return torch.func.jvp(plain, both[: len(inputs)], both[len(inputs) :])
 
-    def dual() -> Any:
+    def dual(backend: str) -> Any:
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents)]
-            return forward_ad.unpack_dual(ours(*duals, backend="cpu"))
+            return forward_ad.unpack_dual(ours(*duals, backend=backend))
 
     def prepared(call: Call) -> Callable[[], Call]:
         return lambda: call
@@ -113,8 +115,9 @@ def _case(operator: str, name: str) -> Case:
     contenders = {
         "eager jvp": prepared(lambda: jvp(*inputs, *tangents)),
         "torch.compile jvp": prepared(lambda: compiled(*inputs, *tangents)),
-        "cpu kernel": prepared(lambda: openly(*inputs, *tangents, backend="cpu")),
-        "cpu kernel, dual numbers": prepared(dual),
     }
+    for backend in kernels(operator, device):
+        contenders[f"{backend} kernel"] = prepared(partial(openly, *inputs, *tangents, backend=backend))
+        contenders[f"{backend} kernel, dual numbers"] = prepared(partial(dual, backend))
     moved = 2 * (sum(x.nbytes for x in inputs) + inputs[0].nbytes)
-    return Case(operator, name, tuple(inputs[0].shape), moved, contenders)
+    return Case(operator, name, tuple(inputs[0].shape), moved, device, contenders)

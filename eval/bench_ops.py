@@ -1,8 +1,9 @@
 """How fast the fused operators are, beside plain torch, torch.compile and copying memory.
 
-    python -m eval.bench_ops [NAME ...] [--seconds S] [--threads N]
+    python -m eval.bench_ops [NAME ...] [--seconds S] [--threads N] [--device cuda]
 
-A line of JSON for each contender goes to eval/results/bench_ops.jsonl, in place of the named operators' last ones.
+A line of JSON for each contender goes to eval/results/bench_ops.jsonl, or bench_ops_cuda.jsonl, in place of the named
+operators' last ones.
 Contenders take turns; `of_copy` compares with a copy of as many bytes in the same run.  On a machine that does other
 things too, `best_us` says more than `median_us`.
 """
@@ -23,7 +24,7 @@ from eval import bench_attention, bench_norm, bench_score_difference
 from eval.bench_case import Case, measure, row
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "eval" / "results" / "bench_ops.jsonl"
+RESULTS = ROOT / "eval" / "results"
 CASES = (bench_score_difference.cases, bench_attention.cases, bench_norm.cases)
 """Functions that list cases; those of another operator are one more."""
 
@@ -34,15 +35,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="operators; by default all")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each contender at each shape")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = [case for cases in CASES for case in cases()]
+    found = [case for cases in CASES for case in cases(options.device)]
     known = sorted({case.operator for case in found})
     if odd := sorted(set(options.names) - set(known)):
         parser.error(f"no operator named {', '.join(odd)}; allowed: {', '.join(known)}")
     chosen = [case for case in found if not options.names or case.operator in options.names]
-    rows = [told | environment() for case in chosen for told in rows_of(case, options.seconds)]
-    keep(RESULTS, rows)
+    rows = [told | environment(options.device) for case in chosen for told in rows_of(case, options.seconds)]
+    keep(RESULTS / ("bench_ops.jsonl" if options.device == "cpu" else "bench_ops_cuda.jsonl"), rows)
 
 
 def rows_of(case: Case, seconds: float) -> list[dict[str, Any]]:
@@ -57,11 +59,12 @@ def rows_of(case: Case, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on."""
     told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    processor = f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "hardware": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "load": [round(load, 1) for load in os.getloadavg()],
         "torch": torch.__version__,

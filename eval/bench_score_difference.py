@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from eval.bench_case import Call, Case
+from eval.bench_case import Call, Case, draw, kernels
 from fewstep.objectives.terms import distribution_matching
 from fewstep_cuda import score_difference_from_raw
 
@@ -17,15 +17,15 @@ SHAPES = {"SDXL": (4, 4, 128, 128), "Wan": (1, 16, 21, 60, 104)}
 GUIDANCE, FLOOR = 5.0, 1e-5
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
     """Both operators at latents of SDXL (batch of 4) and Wan (a video of 81 frames at 480p)."""
     made = (_from_raw, _through_the_loss)
-    return [make(name, shape) for name, shape in SHAPES.items() for make in made]
+    return [make(name, shape, device) for name, shape in SHAPES.items() for make in made]
 
 
-def _from_raw(name: str, shape: tuple[int, ...]) -> Case:
-    x, x_t, fake, cond, uncond = _draw(shape, 5)
-    alpha = torch.linspace(0.2, 0.9, len(x))
+def _from_raw(name: str, shape: tuple[int, ...], device: str) -> Case:
+    x, x_t, fake, cond, uncond = draw(shape, 5, device)
+    alpha = torch.linspace(0.2, 0.9, len(x), device=device)
     sigma = (1 - alpha.square()).sqrt()
     inputs = (x, x_t, fake, cond, uncond, alpha, sigma)
 
@@ -36,17 +36,17 @@ def _from_raw(name: str, shape: tuple[int, ...]) -> Case:
 
     compiled = _compiled(_closed_form)
     contenders = {
-        "cpu kernel": kernel("cpu"),
+        **{f"{backend} kernel": kernel(backend) for backend in kernels("score_difference_from_raw", device)},
         "eager closed form": lambda: lambda: _closed_form(*inputs),
         "torch.compile closed form": lambda: lambda: compiled(*inputs),
         "eager autograd": lambda: lambda: _gradient(_surrogate, *inputs),
     }
-    return Case("score_difference_from_raw", name, shape, 6 * 4 * x.numel(), contenders)
+    return Case("score_difference_from_raw", name, shape, 6 * 4 * x.numel(), device, contenders)
 
 
-def _through_the_loss(name: str, shape: tuple[int, ...]) -> Case:
+def _through_the_loss(name: str, shape: tuple[int, ...], device: str) -> Case:
     """`terms.distribution_matching` and its backward, as a training step has it."""
-    x, real, fake = _draw(shape, 3)
+    x, real, fake = draw(shape, 3, device)
     compiled = _compiled(_surrogate_of_estimates)
 
     def ours(backend: str) -> Callable[[], Call]:
@@ -57,12 +57,12 @@ def _through_the_loss(name: str, shape: tuple[int, ...]) -> Case:
         return lambda: call
 
     contenders = {
-        "loss and backward, cpu kernel": ours("cpu"),
+        **{f"loss and backward, {backend} kernel": ours(backend) for backend in kernels("score_difference", device)},
         "loss and backward, reference": ours("reference"),
         "loss and backward, eager autograd": lambda: lambda: _gradient(_surrogate_of_estimates, x, real, fake),
         "loss and backward, torch.compile": lambda: lambda: _gradient(compiled, x, real, fake),
     }
-    return Case("distribution_matching", name, shape, 4 * 4 * x.numel(), contenders)
+    return Case("distribution_matching", name, shape, 4 * 4 * x.numel(), device, contenders)
 
 
 def _closed_form(
@@ -105,8 +105,3 @@ def _gradient(loss: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
 
 def _compiled(function: Callable[..., object]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[return-value]
-
-
-def _draw(shape: tuple[int, ...], count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]

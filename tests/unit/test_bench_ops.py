@@ -17,7 +17,7 @@ def broken():
 def test_contenders_take_turns_with_a_copy_and_a_skip_is_told():
     calls = []
     contenders = {name: lambda name=name: lambda: calls.append(name) for name in "ab"}
-    case = Case("op", "toy", (2, 3), 64, {**contenders, "c": lambda: broken})
+    case = Case("op", "toy", (2, 3), 64, "cpu", {**contenders, "c": lambda: broken})
     timings = {timing.contender: timing for timing in measure(case, 0.01)}
     assert timings["c"].skipped == "no compiler" and timings["a"].n == timings["b"].n == timings[COPY].n > 0
     longest = max(map(len, "".join(calls).split("b")))
@@ -32,7 +32,7 @@ def test_every_contender_computes_the_same_gradient(monkeypatch):
     monkeypatch.setattr(bench_score_difference, "SHAPES", {"toy": (3, 2, 5, 4)})
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setenv("FEWSTEP_KERNELS", "auto")
-    for case in bench_score_difference.cases():
+    for case in bench_score_difference.cases("cpu"):
         found = {name: prepare()() for name, prepare in case.contenders.items()}
         grads = [made if isinstance(made, torch.Tensor) else made[0] for made in found.values()]
         for grad in grads[1:]:
