@@ -1,4 +1,4 @@
-"""Teachers without weights: the network on the meta device, from its config alone, for plans of what training takes."""
+"""Teachers without weights: the network from its config alone, on the meta device for plans of what training takes."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ class Source:
     boundary: float | None = None
 
 
-def outline(name_or_path: str, **options: Any) -> Teacher:
+def outline(name_or_path: str, *, device: str | torch.device = "meta", **options: Any) -> Teacher:
     """The teacher of this name or folder with shapes and no numbers; its prompts are encoded to zeros.
 
     options: of `load_teacher`; the hub's (revision, variant) do not matter.
+    device: another than meta has a network of random numbers, whose training takes the memory and time of the real one.
     Raises LookupError for a name of which no config is here, ValueError for options and resolutions that do not fit.
     """
     dtype, source = options.get("dtype", "fp32"), _source(name_or_path, options)
@@ -56,7 +57,7 @@ def outline(name_or_path: str, **options: Any) -> Teacher:
         raise ValueError(f"teacher.dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     more = {name: value for name, value in options.items() if name not in OF_FILES}
     check_options(source.family, name_or_path, more)
-    with quiet(), torch.device("meta"):  # diffusers warns of casts by `to`
+    with quiet(), torch.device(device):  # diffusers warns of casts by `to`
         networks = [_built(source.network).to(DTYPES[dtype]).eval() for _ in range(1 if source.boundary is None else 2)]
     made = FAMILIES.get(source.family)(_pipe(source, *networks), name_or_path, **more)
     return replace(

@@ -1,7 +1,6 @@
-"""The kernels on a CUDA device: make test-all MARKS=gpu ARGS="-n 1 tests/ops/test_on_device.py".
+"""Kernels and trainings on a CUDA device: make test-all MARKS=gpu ARGS="-n 1 tests/ops/test_on_device.py"."""
 
-No test of this file has run on a device yet: the kernels were compiled ahead of time and, Triton's, interpreted.
-"""
+import json
 
 import pytest
 import torch
@@ -125,3 +124,22 @@ def test_a_training_takes_its_kernels(method, precision, run_folder):
     train = {"device": DEVICE, "precision": precision, "batch_size": 4}
     run = fewstep.distill("fashion-dit", method, iterations=3, out=run_folder, train=train)
     assert run.student.sample(2, seed=0).isfinite().all()
+
+
+@pytest.mark.parametrize("option", ["offload_teacher", "compile", "gradient_checkpointing"])
+def test_what_saves_memory_or_time_changes_no_loss(option, tmp_path):
+    """Losses of the first iterations, beside those of a run without it; on the CPU the options are stand-ins'."""
+    told = []
+    for value in (False, True):
+        train = {"device": DEVICE, "precision": "fp32", "batch_size": 4, "log_every": 1, option: value}
+        fewstep.distill("fashion-dit", "dmd2", iterations=3, out=tmp_path / str(value), train=train)
+        lines = (tmp_path / str(value) / "metrics.jsonl").read_text().splitlines()
+        told.append([row["critic"] for row in map(json.loads, lines) if "critic" in row])
+    assert len(told[0]) == 3
+    assert told[1] == pytest.approx(told[0], rel=1e-3)
+
+
+def test_half_precision_with_a_loss_scaler_trains(run_folder):
+    train = {"device": DEVICE, "precision": "fp16", "batch_size": 4}
+    run = fewstep.distill("fashion-dit", "dmd2", iterations=4, out=run_folder, train=train)
+    assert run.progress.updates["generator"] > 0
