@@ -1,6 +1,6 @@
 """Plans of published teachers against what a GPU takes: peak memory, and the time of an update.
 
-    python -m eval.plan_check [TEACHER:SHARING ...] [--method dmd2]
+    python -m eval.plan_check [TEACHER:SHARING ...] [--method dmd2] [--batch-size 1]
 
 Networks have their published sizes and random numbers, prompts are zeros: memory and time do not depend on either.
 Text encoders and the VAE are not there, as in a plan.  A line of JSON for each goes to eval/results/plan_check.jsonl,
@@ -37,14 +37,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="TEACHER:SHARING", help=f"by default {', '.join(CASES)}")
     parser.add_argument("--method", default="dmd2")
+    parser.add_argument("--batch-size", type=int, default=1)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this compares plans with a GPU, and there is none here")
     for case in options.cases or CASES:
         teacher, _, sharing = case.partition(":")
-        config = configured(teacher, sharing or "lora", options.method)
+        config = configured(teacher, sharing or "lora", options.method, options.batch_size)
         made = plan(config)
-        row = {"operator": f"{options.method} {teacher} {config.train.sharing}"} | planned(made)
+        name = f"{options.method} {teacher} {config.train.sharing}, batch {config.train.batch_size}"
+        row = {"operator": name} | planned(made)
         try:
             row |= measured(config, made)
         except torch.OutOfMemoryError as error:
@@ -55,9 +57,9 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def configured(teacher: str, sharing: str, method: str, device: str = "cuda") -> RunConfig:
-    """One sample at a time, the teacher in bf16, autocast, gradient checkpointing, as in the README's table."""
-    train = {"batch_size": 1, "accumulate": 1, "precision": "bf16", "gradient_checkpointing": True, "device": device}
+def configured(teacher: str, sharing: str, method: str, batch_size: int = 1) -> RunConfig:
+    """The teacher in bf16, autocast, gradient checkpointing, as in the README's table."""
+    train = {"batch_size": batch_size, "accumulate": 1, "precision": "bf16", "gradient_checkpointing": True}
     given = {"teacher": {"name": teacher, "dtype": "bf16"}, "method": {"name": method, "num_steps": 1}}
     return resolve(given={**given, "train": {**train, "sharing": sharing}})
 

@@ -124,13 +124,13 @@ def prepare(
         writes=accelerator.is_main_process,
     )
     teacher.release(keep=monitor.prompts())
+    if start is None and "jvp" in config.objective.needs:
+        _probe(config, trio, data, accelerator.device, console)
     trainer = Trainer(
         config.train, trio, config.objective, data, out=out, accelerator=accelerator, monitor=monitor, console=console
     )
     if start is not None:
         trainer.load(start)
-    elif "jvp" in config.objective.needs:
-        _probe(config, trainer)
     accelerator.wait_for_everyone()  # nobody writes before all processes have looked at the folder
     if accelerator.is_main_process:
         if resume:
@@ -157,11 +157,19 @@ def _cannot_leave(config: RunConfig, teacher: Teacher) -> str:
     return ""
 
 
-def _probe(config: RunConfig, trainer: Trainer) -> None:
-    """Let the method look whether its networks' derivatives are sound, on two samples."""
-    device, ids = trainer.accelerator.device, (0, 1)
-    rng = Rng(config.train.seed, 0, "generator", ids, device)
-    config.objective.probe(trainer.trio, trainer.data.batch(ids, device), rng)  # type: ignore[attr-defined]
+def _probe(config: RunConfig, trio: Trio, data: PromptData, device: torch.device, console: Console) -> None:
+    """Let the method look whether its networks' derivatives are sound, on two samples and before autocast is on.
+
+    Finite differences, which are what it compares with, are all noise in half precision.
+    """
+    dtype = trio.generator.backbone.dtype
+    if dtype.itemsize < 4:
+        told = f"the derivatives of a network in {str(dtype).removeprefix('torch.')} are not checked before training"
+        remedy = "teacher.dtype=fp32 checks them, and precision=bf16 still computes in bf16"
+        console.print(f"{told}: {remedy}", highlight=False, markup=False, soft_wrap=True)
+        return
+    rng = Rng(config.train.seed, 0, "generator", (0, 1), device)
+    config.objective.probe(trio, data.batch((0, 1), device), rng)  # type: ignore[attr-defined]
 
 
 def build_trio(config: RunConfig, teacher: Teacher, data: PromptData, *, again: bool = False) -> Trio:

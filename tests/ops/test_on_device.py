@@ -69,7 +69,7 @@ def test_attention_equals_the_reference(name, dtype):
         gradients = torch.autograd.grad((o * weights).sum() + (to * weights.flip(0)).sum(), leaves)
         made.append([o.detach(), to.detach(), *gradients])
     for mine, truth in zip(*made, strict=True):
-        assert mine.any()
+        assert mine.any() or float(truth.abs().max()) < 1e-9  # one key has weight 1, whatever q and k are
         assert float((mine.double() - truth).abs().max()) <= ROUNDING[dtype] * max(1.0, float(truth.abs().max()))
 
 

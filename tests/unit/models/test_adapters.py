@@ -280,6 +280,28 @@ def test_adapters_of_a_bf16_teacher_are_float32(name: str):
     assert {p.dtype for p in Trio.build(meta, ROLES, sharing="lora").generator.weights().values()} == {torch.float32}
 
 
+def test_inputs_are_not_widened_under_autocast():
+    """PEFT casts an adapter's input to float32 and autocast back: two copies a layer, and the same bits."""
+    from torch.profiler import profile
+
+    from fewstep.training import parallel
+    from fewstep.training.launch import _accelerator
+    from fewstep.training.options import TrainConfig
+
+    role = trio_of("dit", "lora").generator
+    shaken(role, 3)
+    x, t, cond = inputs()
+    found = []
+    for prepared in (False, True):
+        if prepared:
+            parallel.prepare(role.backbone.module, _accelerator(TrainConfig(device="cpu", precision="bf16")))
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), profile() as seen:
+            out = role.backbone(x, t, cond)
+        found.append((out.float(), sum(e.count for e in seen.key_averages() if e.key == "aten::_to_copy")))
+    (plain, many), (ours, few) = found
+    assert torch.equal(plain, ours) and few < many - 10
+
+
 def test_targets_choose_layers_and_unknown_ones_are_named():
     module = unet().backbone.module
     with pytest.raises(ValueError, match=r"ends in \['to_z'\]; this network has .*to_out\.0, to_q"):
