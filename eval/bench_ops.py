@@ -38,13 +38,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = [case for cases in CASES for case in cases(options.device)]
+    found = [case for listed in CASES for case in listed(options.device)]
     known = sorted({case.operator for case in found})
     if odd := sorted(set(options.names) - set(known)):
         parser.error(f"no operator named {', '.join(odd)}; allowed: {', '.join(known)}")
-    chosen = [case for case in found if not options.names or case.operator in options.names]
-    rows = [told | environment(options.device) for case in chosen for told in rows_of(case, options.seconds)]
-    keep(RESULTS / ("bench_ops.jsonl" if options.device == "cpu" else "bench_ops_cuda.jsonl"), rows)
+    results = RESULTS / ("bench_ops.jsonl" if options.device == "cpu" else "bench_ops_cuda.jsonl")
+    for operator in dict.fromkeys(
+        case.operator for case in found if not options.names or case.operator in options.names
+    ):
+        cases = [case for case in found if case.operator == operator]
+        rows = [told | environment(options.device) for case in cases for told in rows_of(case, options.seconds)]
+        keep(results, rows)
 
 
 def rows_of(case: Case, seconds: float) -> list[dict[str, Any]]:
