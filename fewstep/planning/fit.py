@@ -8,7 +8,7 @@ from typing import Any
 
 from fewstep.config import RunConfig
 from fewstep.models.trio import Sharing
-from fewstep.planning.plan import GIB, Plan, plan
+from fewstep.planning.plan import FRAGMENTATION, GIB, OVERHEAD, Plan, plan
 from fewstep.teachers.base import TEACHERS
 from fewstep.teachers.fashion import WEIGHTS
 
@@ -84,7 +84,8 @@ def first_fit(
 def verdict(made: Plan, gpu_memory: float | None) -> str:
     """One line: what a GPU must have, and whether this one has it."""
     held = made.peak / GIB
-    parts = f"{held:.1f} GiB of tensors, 5% for the allocator's gaps, 1 GiB for CUDA's context and libraries"
+    beside = f"{FRAGMENTATION:.0%} for the allocator's gaps, {OVERHEAD:g} GiB for CUDA's context and libraries"
+    parts = f"{held:.1f} GiB of tensors, {beside}"
     if gpu_memory is None:
         return f"needs {made.needed:.1f} GiB on each GPU ({parts})"
     word = "fits into" if fits(made, gpu_memory) else "does not fit into"

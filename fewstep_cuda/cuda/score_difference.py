@@ -1,4 +1,4 @@
-"""Launchers of score_difference.cu, on the current stream.  They have not run on a device."""
+"""Launchers of score_difference.cu, on the current stream."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Norms, what follows them, and their derivatives in one pass; shapes and formulas in `fewstep_cuda.norm_jvp`.
 
-Compiled for sm_80, sm_90 and sm_100 and run in Triton's interpreter; these kernels have not run on a device.
+Compiled for sm_80, sm_90 and sm_100, run in Triton's interpreter and tested on an H200.
 
 Sums and outputs are computed in float32.  A program holds a row, or some heads, in registers; a group of GroupNorm does
 not fit there and is read three times, mostly from the second-level cache.

@@ -1,6 +1,6 @@
 """Triton kernels of matching: partial sums of each block into a buffer, then a second pass that scales.
 
-Compiled ahead of time for sm_80, 90 and 100 (RESOURCES.md) and run in the interpreter; not yet on a device.
+Compiled ahead of time for sm_80, 90 and 100 (RESOURCES.md), run in the interpreter and tested on an H200.
 """
 
 from __future__ import annotations
