@@ -5,7 +5,12 @@ from __future__ import annotations
 from tests.bugs.mutant import Mutant
 
 CONTRACT, PROCESS, START = (f"fewstep/metrics/outside/{name}.py" for name in ("contract", "process", "start"))
-OF_CONTRACT, OF_PROCESS = (f"tests/unit/metrics/outside/test_{name}.py" for name in ("contract", "process"))
+FIGURES, MEANS, VBENCH = (f"fewstep/metrics/{name}.py" for name in ("outside/figures", "means", "vbench"))
+OF_CONTRACT, OF_PROCESS, OF_FIGURES, OF_MEANS, OF_VBENCH = (
+    f"tests/unit/metrics/{folder}test_{name}.py"
+    for folder, name in (("outside/", "contract"), ("outside/", "process"), ("outside/", "figures"))
+    + (("", "means"), ("", "vbench"))
+)
 
 MUTANTS = (
     Mutant(
@@ -79,5 +84,59 @@ MUTANTS = (
         "    sys.path[0] = os.path.dirname(adapter)",
         "    os.path.dirname(adapter)",
         (f"{OF_PROCESS}::test_an_adapter_finds_the_modules_beside_it",),
+    ),
+    Mutant(
+        "missing-dimensions-are-zero",
+        "outside",
+        "a total of VBench is made of what was measured",
+        VBENCH,
+        "if missing := [name for name in RANGES if name not in dimensions]:",
+        "if missing := [name for name in () if name not in dimensions]:",
+        (f"{OF_VBENCH}::test_missing_dimensions_are_refused_by_name",),
+    ),
+    Mutant(
+        "dynamic-degree-in-full",
+        "outside",
+        "all dimensions of quality count the same",
+        VBENCH,
+        '{"dynamic degree": 0.5}',
+        '{"dynamic degree": 1.0}',
+        (f"{OF_VBENCH}::test_published_rows_come_out",),
+    ),
+    Mutant(
+        "range-of-motion",
+        "outside",
+        "motion smoothness is scaled to 1",
+        VBENCH,
+        "(0.706, 0.9975)",
+        "(0.706, 1.0)",
+        (f"{OF_VBENCH}::test_published_rows_come_out",),
+    ),
+    Mutant(
+        "geneval-over-pictures",
+        "outside",
+        "tasks of many pictures count more",
+        FIGURES,
+        "over_parts(list(means.values()), [1.0] * len(TASKS))",
+        "over_parts(list(means.values()), [len(groups[task]) for task in TASKS])",
+        (f"{OF_FIGURES}::test_geneval_is_the_mean_of_six_accuracies",),
+    ),
+    Mutant(
+        "geneval-of-five",
+        "outside",
+        "the mean of the tasks that are there",
+        FIGURES,
+        "if missing := [task for task in TASKS if task not in groups]:",
+        "if missing := [task for task in () if task not in groups]:",
+        (f"{OF_FIGURES}::test_geneval_refuses_what_makes_no_mean_of_six",),
+    ),
+    Mutant(
+        "pictures-independent",
+        "outside",
+        "pictures of one prompt are taken for independent draws",
+        MEANS,
+        "for score, prompt in zip(scores, prompts):",
+        "for prompt, score in enumerate(scores):",
+        (f"{OF_MEANS}::test_with_equal_counts_the_error_is_that_of_the_prompts_means",),
     ),
 )
