@@ -15,6 +15,8 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 """HPSv2's, by the names of its files and folders."""
 HPS_SCALE = 100.0
 """Published values are 100 cos; the package answers cos."""
+UNSEEN = 85 * 5
+"""Videos of VBench's color prompts: those alone may have no score, where the package finds no object to have one."""
 
 
 def hpsv2(title: str, items: Sequence[Item], answer: Answer) -> dict[str, Mean]:
@@ -50,8 +52,10 @@ def geneval(title: str, items: Sequence[Item], answer: Answer) -> dict[str, Mean
 def vbench_figures(title: str, items: Sequence[Item], answer: Answer) -> dict[str, Mean]:
     """Total, quality, semantic and the sixteen raw dimensions, in percent; the package makes these of its frames.
 
-    Raises ValueError for a missing dimension.
+    Raises ValueError for a missing dimension, and for more videos without any score than the package may leave out.
     """
+    if (without := sum(not score for score in answer.scores.values())) > UNSEEN:
+        raise ValueError(f"{title} scored {len(items) - without} of {len(items)} videos; are these their results?")
     dimensions = {name.replace("_", " "): value for name, value in answer.figures.items()}
     parts = vbench(dimensions)
     named = {title: parts.pop("total")} | {f"{title} {part}": value for part, value in parts.items()}

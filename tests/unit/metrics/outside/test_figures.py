@@ -78,6 +78,19 @@ def test_vbench_is_made_of_the_packages_figures():
         vbench_figures("VBench", items, Answer({}, 1.0, {n: 1.0 for n in RANGES if n != "scene"}))
 
 
+def test_results_of_other_videos_are_not_vbench():
+    """Mutation: a folder of many and results of few pass, since a video may have no score."""
+    items = [Item(f"{i}-0.mp4", str(i)) for i in range(1000)]
+    figures = {name: 0.5 for name in RANGES}
+    for scored_ones in (575, 574):
+        scores = {item.file: {"scene": 1.0} if i < scored_ones else {} for i, item in enumerate(items)}
+        if scored_ones == 575:
+            assert "VBench" in vbench_figures("VBench", items, Answer(scores, 1.0, figures))
+            continue
+        with pytest.raises(ValueError, match="scored 574 of 1000 videos"):
+            vbench_figures("VBench", items, Answer(scores, 1.0, figures))
+
+
 def test_a_users_scores_have_a_mean_each():
     """A file that lacks a name does not count for it, and the adapter's own figures stand as they are."""
     items = [Item("a", "x"), Item("b", "x"), Item("c", "y")]
