@@ -6,6 +6,8 @@ from tests.bugs.mutant import Mutant
 
 CONTRACT, PROCESS, START = (f"fewstep/metrics/outside/{name}.py" for name in ("contract", "process", "start"))
 FIGURES, MEANS, VBENCH = (f"fewstep/metrics/{name}.py" for name in ("outside/figures", "means", "vbench"))
+ITEMS, SCORING = "fewstep/metrics/outside/items.py", "fewstep/scoring.py"
+OF_ITEMS = "tests/unit/metrics/outside/test_items.py"
 OF_CONTRACT, OF_PROCESS, OF_FIGURES, OF_MEANS, OF_VBENCH = (
     f"tests/unit/metrics/{folder}test_{name}.py"
     for folder, name in (("outside/", "contract"), ("outside/", "process"), ("outside/", "figures"))
@@ -138,5 +140,50 @@ MUTANTS = (
         "for score, prompt in zip(scores, prompts):",
         "for prompt, score in enumerate(scores):",
         (f"{OF_MEANS}::test_with_equal_counts_the_error_is_that_of_the_prompts_means",),
+    ),
+    Mutant(
+        "prompts-of-the-neighbours",
+        "outside",
+        "pictures get the prompts in their order, whatever their names say",
+        ITEMS,
+        "replace(known.pop(stem), file=",
+        "replace(known.pop(next(iter(known))), file=",
+        (f"{OF_ITEMS}::test_a_missing_picture_moves_no_other",),
+    ),
+    Mutant(
+        "strange-names-passed-over",
+        "outside",
+        "a picture of a wrong name is left out of the figure",
+        ITEMS,
+        """                raise ValueError(f"{path} belongs to no prompt; names are as {items[0].file}.png")""",
+        "                continue",
+        (f"{OF_ITEMS}::test_wrong_names_are_told",),
+    ),
+    Mutant(
+        "published-name-of-few",
+        "outside",
+        "figures of some pictures have the benchmark's name",
+        SCORING,
+        "(published and len(items) == found.count)",
+        "published",
+        ("tests/cli/test_scores.py::test_a_benchmark_in_part_says_so",),
+    ),
+    Mutant(
+        "answer-thrown-away",
+        "outside",
+        "hours of scores are lost when no figure can be made of them",
+        SCORING,
+        "    write_text(kept, json.dumps(asdict(answer), ensure_ascii=False)",
+        "    str(json.dumps(asdict(answer), ensure_ascii=False)",
+        ("tests/cli/test_scores.py::test_an_answer_is_kept_when_nothing_can_be_made_of_it",),
+    ),
+    Mutant(
+        "first-seed-for-all",
+        "outside",
+        "every batch of a student's pictures is of the same noise",
+        SCORING,
+        "prompts, seed + start, batch_size=batch_size",
+        "prompts, seed, batch_size=batch_size",
+        ("tests/unit/test_scoring.py::test_every_picture_is_of_its_own_seed",),
     ),
 )

@@ -53,9 +53,9 @@ def of_tasks(prompts: Path) -> list[Item]:
 def of_lines(prompts: Sequence[str]) -> list[Item]:
     """A picture of each prompt, 00000 and so on; a prompt that is there again has the next index."""
     seen: dict[str, int] = {}
-    items = []
+    items, width = [], max(5, len(str(len(prompts) - 1)))  # so that the order of names is that of numbers
     for i, prompt in enumerate(prompts):
-        items.append(Item(f"{i:05}", prompt, seen.get(prompt, 0)))
+        items.append(Item(f"{i:0{width}}", prompt, seen.get(prompt, 0)))
         seen[prompt] = items[-1].index + 1
     return items
 
