@@ -141,8 +141,11 @@ def pids_in(path: Path, seconds: float = 20.0) -> list[int]:
 
 def test_after_its_time_it_is_dead_and_so_is_what_it_started(place, tmp_path):
     """Mutation: the child alone is killed, which leaves the workers of its package on the GPU."""
-    with pytest.raises(TimeoutError, match=r"no answer within 1\.5 s \(--timeout\)"):
-        ask(place(SLEEPER + "time.sleep(60)\n"), request(tmp_path, pids=str(tmp_path / "pids")), timeout=1.5)
+    for timeout in (1, 4, 16):  # on a busy machine the child may not have got far enough to start anything
+        with pytest.raises(TimeoutError, match=rf"no answer within {timeout} s \(--timeout\)"):
+            ask(place(SLEEPER + "time.sleep(60)\n"), request(tmp_path, pids=str(tmp_path / "pids")), timeout=timeout)
+        if (tmp_path / "pids").is_file():
+            break
     assert all(map(ended, pids_in(tmp_path / "pids")))
 
 
