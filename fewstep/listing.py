@@ -112,7 +112,7 @@ def _scores() -> Group:
     ]
     return Group(
         _table("score", "source", "number", "prompts (--prompts)", "environment (--python)", "--option", rows=rows),
-        "An adapter of your own: --score FILE.py. None was run against its real package yet.",
+        "An adapter of your own: --score FILE.py. None of these has given a published figure yet.",
     )
 
 

@@ -46,7 +46,8 @@ def _hpsv2(version: str) -> Score:
         source="arXiv:2306.09341",
         adapter=ADAPTERS / "score_hpsv2.py",
         summary=hpsv2,
-        environment="pip install git+https://github.com/tgxs002/HPSv2",
+        # The wheel on PyPI lacks the vocabulary; its open_clip imports turtle.
+        environment="pip install git+https://github.com/tgxs002/HPSv2, in a Python that has tkinter",
         layout="styles",
         count=4 * 800,
         prompts="800 of each of 4 styles: a folder of anime.json, concept-art.json, paintings.json, photo.json",
@@ -65,7 +66,7 @@ _TABLE = (
         source="arXiv:2304.05977",
         adapter=ADAPTERS / "score_imagereward.py",
         summary=imagereward,
-        environment="pip install image-reward 'transformers<4.55'",
+        environment="pip install image-reward 'transformers<4.55' git+https://github.com/openai/CLIP",
         options={"checkpoint": "ImageReward.pt, where it is here already", "med_config": "its med_config.json"},
     ),
     Score(

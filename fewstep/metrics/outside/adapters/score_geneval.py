@@ -2,7 +2,7 @@
 
 Options: results, the file that the evaluator wrote already; or evaluator, the folder of its repository, and detector,
 the folder of the Mask2Former that its download_models.sh fetched.  The evaluator needs a GPU and its own environment.
-Written against the evaluator's source; not yet run against it.
+Written against the evaluator's source; not yet run with it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ def main() -> None:
 
 
 def evaluated(asked: dict, folder: str) -> str:
-    """The file of results, of the pictures as the evaluator wants them: each prompt's beside its description."""
+    """The file of results, of the pictures as the evaluator wants them: each prompt's beside its description.
+
+    Raises ValueError for others than PNG files, which the evaluator passes over.
+    """
     images, results = os.path.join(folder, "images"), os.path.join(folder, "results.jsonl")
     for item in asked["items"]:
+        if not item["file"].endswith(".png"):
+            raise ValueError(f"GenEval's evaluator reads PNG files alone, not {item['file']}")
         link = os.path.join(images, item["file"])
         os.makedirs(os.path.dirname(link), exist_ok=True)
         os.symlink(os.path.join(asked["folder"], item["file"]), link)

@@ -1,10 +1,10 @@
 """HPSv2's score of each picture and its prompt, by the package `hpsv2` (github.com/tgxs002/HPSv2, 1.2.0).
 
 Scores are cosines; published values are these times 100.  The package's own `hpsv2.score` reads the checkpoint again
-at each call, so this takes the parts of its `hpsv2.evaluation` and reads it once.
+at each call, and first downloads weights that it replaces; this does the same with its parts, once.
 
 Options: version, v2.0 or v2.1, whose scales differ; checkpoint, a file that is here already.
-Written against the package's source; not yet run against its real weights.
+Run with the package and a small random network: the same as its `hpsv2.score`.  Not yet run with the real weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+
+MODEL = "ViT-H-14"
 
 
 def main() -> None:
@@ -37,23 +39,23 @@ def load(options: dict) -> tuple:
     """(file, prompt) -> cosine, and the checkpoint that it is by."""
     import huggingface_hub  # type: ignore
     import torch
-    from hpsv2 import evaluation  # type: ignore
-    from hpsv2.src.open_clip import get_tokenizer  # type: ignore
+    from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer  # type: ignore
     from hpsv2.utils import hps_version_map  # type: ignore
     from PIL import Image
 
     checkpoint = options.get("checkpoint")
     if not checkpoint:
         checkpoint = huggingface_hub.hf_hub_download("xswu/HPSv2", hps_version_map[options["version"]])
-    evaluation.initialize_model()
-    model, prepare = evaluation.model_dict["model"], evaluation.model_dict["preprocess_val"]
-    device = evaluation.device
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, _, prepare = create_model_and_transforms(
+        MODEL, None, precision="amp", device=device, light_augmentation=True, aug_cfg={}, output_dict=True
+    )
     model.load_state_dict(torch.load(checkpoint, map_location=device)["state_dict"])
-    model, tokenizer = model.to(device).eval(), get_tokenizer("ViT-H-14")
+    model, tokenizer = model.to(device).eval(), get_tokenizer(MODEL)
 
     def score(file: str, prompt: str) -> float:
         with Image.open(file) as image:
-            pixels = prepare(image).unsqueeze(0).to(device)
+            pixels = prepare(image.convert("RGB")).unsqueeze(0).to(device)
         with torch.no_grad(), torch.cuda.amp.autocast():
             seen = model(pixels, tokenizer([prompt]).to(device))
             return float((seen["image_features"] @ seen["text_features"].T)[0, 0])

@@ -1,7 +1,7 @@
 """ImageReward's score of each picture and its prompt, by `image-reward` 1.5 (github.com/THUDM/ImageReward).
 
 Options: checkpoint, a file that is here already; med_config, the file that belongs to it.
-Written against the package's source; not yet run against its real weights.
+Run with the package and small random networks; not yet with the real weights.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ means over frames and not over videos.  Standard mode: videos are called PROMPT-
 
 Options: results, a file that the package wrote already, or several with commas between; local, 1 where its weights are
 in $VBENCH_CACHE_DIR; full_info, its list of prompts, by default the one that comes with it.
-Written against the package's source; not yet run against it.
+Run with the package in the one dimension that needs no weights, temporal flickering; not yet in the others.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Claims about the adapters, by stand-ins that have the real packages' names and signatures and no weights.
 
-What is not shown: that the real packages work so; they cannot be installed beside ours.
+What is not shown: that the real packages work so; they cannot be installed beside ours.  The adapters' docstrings say
+what was run by hand.
 """
 
 import hashlib
@@ -71,14 +72,12 @@ def load(path, map_location):
     with open(path) as file:
         return json.load(file)
 
-cuda = SimpleNamespace(amp=SimpleNamespace(autocast=no_grad))
+cuda = SimpleNamespace(amp=SimpleNamespace(autocast=no_grad), is_available=lambda: False)
 """
 )
 """Tensors of one number."""
 HPSV2 = """
 from torch import Number
-
-model_dict, device = {}, "cpu"
 
 class Model:
     def load_state_dict(self, state): self.scale = state["scale"]
@@ -90,10 +89,19 @@ class Model:
         assert not self.training
         return {"image_features": image, "text_features": Number(self.scale * text)}
 
-def initialize_model():
+def create_model_and_transforms(
+    model_name, pretrained=None, precision="fp32", device="cpu", jit=False, force_quick_gelu=False,
+    force_custom_text=False, force_patch_dropout=None, force_image_size=None, pretrained_image=False,
+    pretrained_hf=True, image_mean=None, image_std=None, aug_cfg=None, cache_dir=None, light_augmentation=False,
+    output_dict=None, with_score_predictor=False, with_region_predictor=False,
+):
     print("Loading model ...")
-    model_dict["model"] = Model()
-    model_dict["preprocess_val"] = lambda image: Number(image.getpixel((0, 0))[0])
+    assert (model_name, pretrained, precision, light_augmentation, output_dict) == ("ViT-H-14", None, "amp", True, True)
+    return Model(), None, lambda image: Number(image.getpixel((0, 0))[0])
+
+def get_tokenizer(model_name):
+    assert model_name == "ViT-H-14"
+    return lambda texts: Number(len(texts[0]))
 """
 
 
@@ -109,12 +117,6 @@ def test_hpsv2_is_the_cosine_by_the_checkpoint_of_its_version(stage, tmp_path, v
             assert repo_id == "xswu/HPSv2"
             return {str(tmp_path)!r} + "/" + filename
     """
-    tokenizer = """
-        from torch import Number
-        def get_tokenizer(model_name):
-            assert model_name == "ViT-H-14"
-            return lambda texts: Number(len(texts[0]))
-    """
     python = stage(
         {
             "torch.py": NUMBERS,
@@ -122,12 +124,11 @@ def test_hpsv2_is_the_cosine_by_the_checkpoint_of_its_version(stage, tmp_path, v
             "hpsv2/__init__.py": "",
             "hpsv2/utils.py": "hps_version_map = {'v2.0': 'v2.0', 'v2.1': 'v2.1'}\n",
             "hpsv2/src/__init__.py": "",
-            "hpsv2/src/open_clip.py": tokenizer,
-            "hpsv2/evaluation.py": HPSV2,
+            "hpsv2/src/open_clip.py": HPSV2,
         }
     )
-    for red in (2, 3):
-        Image.new("RGB", (4, 5), (red, 0, 0)).save(tmp_path / f"{red}.png")
+    for grey in (2, 3):  # which the package would refuse to see
+        Image.new("L", (4, 5), grey).save(tmp_path / f"{grey}.png")
     told = []
     answer = asked("hps" + version, python, tmp_path, [Item("2.png", "cats"), Item("3.png", "a")], told.append)
     assert answer.scores == {"2.png": 8.0 * scale, "3.png": 3.0 * scale} and told == [1, 1]
@@ -201,6 +202,8 @@ def test_geneval_runs_the_evaluator_on_its_layout(stage, drawn, tmp_path):
     answer = asked("geneval", stage({}), tmp_path / "images", drawn, **places)
     assert answer.scores == {"00000/samples/0000.png": 1.0, "00001/samples/0000.png": 0.0}
     assert answer.weights == {detector.name: sha256(detector)}
+    with pytest.raises(ChildProcessError, match=r"PNG files alone, not 00000/samples/0000\.jpg"):
+        asked("geneval", stage({}), tmp_path, [Item("00000/samples/0000.jpg", "a cat", 0, {"tag": "colors"})], **places)
 
 
 def test_geneval_reads_results_of_another_machine(stage, drawn, tmp_path):
