@@ -2,7 +2,8 @@
 
     python -m eval.make_tables SOURCE ... [--format markdown] [--figures fmd,recall] [--over-seeds] [--to FILE]
 
-A source is a run's folder (its eval.json, by `fewstep eval`), or a file of JSON lines as eval/results/compare.jsonl.
+A source is a run's folder (its eval.json, by `fewstep eval`), or a file of JSON lines: eval/results/compare.jsonl, or
+the figures.jsonl that `fewstep eval` with --protocol or --score adds to.
 Each protocol has a table of its own: figures of different protocols do not compare, and never share a column.  The best
 of a column is bold, arrows say which way is better, and notes below say samples, seeds and protocol.
 """
@@ -31,18 +32,20 @@ MARKS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 class Line:
     """One measured model.
 
-    name, steps: the model and its network evaluations.  figures: by name.  spread: their deviations.  n, seeds: samples
-    of each of so many sets.  trainings: seeds of training that the figures are means over.  protocol: its hash.
+    name, steps: the model and its network evaluations, None where only pictures were there.  figures: by name.
+    spread: their deviations, or with `interval` half of the 95% interval over prompts.  n, seeds: samples of each of so
+    many sets.  trainings: seeds of training that the figures are means over.  protocol: its hash.
     """
 
     name: str
-    steps: float
+    steps: float | None
     figures: Mapping[str, float]
     n: int
     protocol: str
     seeds: int = 1
     spread: Mapping[str, float] = field(default_factory=dict)
     trainings: int = 1
+    interval: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def read(source: Path) -> list[Line]:
     try:
         if path.suffix == ".jsonl":
             newest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            return list({line.name: line for line in map(_of_result, newest)}.values())
+            results = {line.name: line for line in (_of_result(found) for found in newest if "student" in found)}
+            return [*results.values(), *_of_figures([found for found in newest if "student" not in found], path)]
         record = json.loads(path.read_text(encoding="utf-8"))
         return [_line(_name(source, row), row, row["steps"], record["protocol_hash"]) for row in record["rows"]]
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -79,13 +83,31 @@ def _of_result(found: Mapping[str, Any]) -> Line:
     return _line(found["name"], found["student"], found["nfe"], found["protocol_hash"])
 
 
-def _line(name: str, row: Mapping[str, Any], steps: float, protocol: str) -> Line:
+def _of_figures(newest: Sequence[Mapping[str, Any]], path: Path) -> list[Line]:
+    """A line for each model, protocol and number of samples; sets of other seeds become their mean."""
+    groups: dict[tuple[str, str, int], dict[int | None, Mapping[str, Any]]] = {}
+    for found in newest:
+        name = found.get("name") or Path(found.get("images") or path.resolve().parent).name
+        groups.setdefault((name, found["protocol_hash"], found["n"]), {})[found.get("seed")] = found
+    return [_of_sets(*group, list(sets.values())) for group, sets in groups.items()]
+
+
+def _of_sets(name: str, protocol: str, n: int, sets: Sequence[Mapping[str, Any]]) -> Line:
+    lines = []
+    for found in sets:
+        halves = {figure: (high - low) / 2 for figure, (low, high) in (found.get("intervals") or {}).items()}
+        steps, interval = found.get("steps"), bool(halves)
+        lines.append(Line(name, steps, found["figures"], n, protocol, spread=halves, interval=interval))
+    return replace(_mean(name, lines), seeds=len(sets), trainings=1)
+
+
+def _line(name: str, row: Mapping[str, Any], steps: float | None, protocol: str) -> Line:
     return Line(name, steps, row["figures"], row["n"], protocol, row["seeds"], row["spread"] or {})
 
 
 def over_trainings(lines: Sequence[Line]) -> list[Line]:
     """Lines that differ in the seed of training alone ("NAME-seed1") become one, with mean and deviation over those."""
-    groups: dict[tuple[str, float, str, int], list[Line]] = {}
+    groups: dict[tuple[str, float | None, str, int], list[Line]] = {}
     for line in lines:
         stem, _, seed = line.name.rpartition("-seed")
         name = stem if stem and seed.isdecimal() else line.name
@@ -104,6 +126,7 @@ def _mean(name: str, group: Sequence[Line]) -> Line:
         figures={figure: statistics.fmean(found) for figure, found in values.items()},
         spread={figure: statistics.stdev(found) for figure, found in values.items()},
         trainings=len(group),
+        interval=False,
     )
 
 
@@ -127,7 +150,7 @@ def _table(lines: Sequence[Line], figures: Sequence[str]) -> Table:
     rows, bold = [], set()
     for line in lines:
         cells = [cell(name, line.figures, line.spread) for name in columns]
-        rows.append((line.name + marks[_kind(line)], f"{line.steps:g}", *cells))
+        rows.append((line.name + marks[_kind(line)], "-" if line.steps is None else f"{line.steps:g}", *cells))
     for place, name in enumerate(columns):
         for row in best_rows(name, [line.figures for line in lines]):
             bold.add((row, place + 2))
@@ -154,6 +177,8 @@ def _kind(line: Line) -> str:
     sets = f"{line.n:,} samples" if line.seeds == 1 else f"{line.seeds} x {line.n:,} samples"
     if line.trainings > 1:
         return f"{sets} of each of {line.trainings} trainings; mean ± deviation over these"
+    if line.interval:
+        return f"{sets}; ± half of the 95% interval over prompts"
     return f"{sets}; mean ± deviation over the sets" if line.seeds > 1 else sets
 
 

@@ -197,7 +197,9 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or with --protocol a folder of images.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or with --protocol or --score a folder of images.")
+    ],
     n: Annotated[
         int | None, typer.Option("--n", "-n", help="Samples behind each figure: 10,000, or as many as the protocol.")
     ] = None,
@@ -219,34 +221,52 @@ def evaluate(
     unverified: flags.Unverified = False,
     clip: flags.Clip = None,
     prompts: flags.ImagePrompts = None,
+    score: flags.Score = None,
+    python: flags.Python = None,
+    options: flags.Options = None,
+    timeout: flags.Timeout = None,
     to: Annotated[Path | None, typer.Option(help="JSON lines to add to; by default figures.jsonl in RUN.")] = None,
     plugin: flags.Plugin = None,
 ) -> None:
     """Measure teacher, untrained student and student; write eval.md, eval.csv and eval.json into the run folder.
 
     With --protocol: measure the student, or a folder of images, as published figures are.
+    With --score: by a package that lives in another environment, which is asked there.
     """
-    options = {"n": n, "seed": seed, "seeds": seeds, "which": which, "batch_size": batch_size, "console": console}
+    given = {"n": n, "seed": seed, "seeds": seeds, "which": which, "batch_size": batch_size, "console": console}
     with border():
         load_plugins(plugin)
-        options["which"] = _which(which)
+        given["which"] = _which(which)
         asked = {"reference": reference, "also": also, "weights": weights, "sha256": sha256, "clip": clip}
-        asked |= {"unverified": unverified or None, "prompts": prompts}
-        if protocol is not None:
-            if recompute_teacher or not untrained:
-                raise ValueError("--recompute-teacher and --no-untrained go without --protocol, which measures one set")
+        asked |= {"unverified": unverified or None}
+        scored = {"python": python, "option": options, "timeout": timeout}
+        if (protocol or score) and (recompute_teacher or not untrained):
+            raise ValueError(
+                "--recompute-teacher and --no-untrained go without --protocol and --score, which measure one set"
+            )
+        if score is not None:
+            _without({"n": n, "seeds": None if seeds == 1 else seeds}, "without --score, which takes all prompts once")
+            _without({"protocol": protocol, **asked}, "without --score; see `fewstep list scores`")
+            from fewstep import scoring
+
+            told = _given(python=python, timeout=timeout, prompts=prompts, options=_pairs(options))
+            del given["n"], given["seeds"]
+            request = scoring.Scoring(score, device=device, **told)
+            shown = scoring.table(scoring.score(run, request, images=images, to=to, **cast(Any, given)))
+        elif protocol is not None:
+            _without(scored, "with --score NAME; see `fewstep list scores`")
             from fewstep.measuring import Request, measure, table
 
-            request = Request(protocol, device=device, **cast(Any, _given(**asked)))
-            shown = table(measure(run, request, images=images, to=to, **cast(Any, options)))
+            request = Request(protocol, device=device, **cast(Any, _given(**asked, prompts=prompts)))
+            shown = table(measure(run, request, images=images, to=to, **cast(Any, given)))
         else:
-            without = _given(**asked, images=images, to=to)
-            if without:
-                raise ValueError(f"--{next(iter(without))} goes with --protocol NAME; see `fewstep list protocols`")
+            _without(scored, "with --score NAME; see `fewstep list scores`")
+            _without(asked, "with --protocol NAME; see `fewstep list protocols`")
+            _without({"prompts": prompts, "images": images, "to": to}, "with --protocol NAME or --score NAME")
             from fewstep.evaluation import evaluate_run
 
-            options |= {"n": 10_000 if n is None else n, "recompute_teacher": recompute_teacher}
-            shown = evaluate_run(run, untrained=untrained, device=device, **cast(Any, options))
+            given |= {"n": 10_000 if n is None else n, "recompute_teacher": recompute_teacher}
+            shown = evaluate_run(run, untrained=untrained, device=device, **cast(Any, given))
     output.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -335,7 +355,7 @@ def show(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="teachers|methods|runs|protocols|kernels|NAME",
+            metavar="teachers|methods|runs|protocols|scores|kernels|NAME",
             help="What to list, or a method's name for all about it.",
         ),
     ] = "methods",
@@ -343,7 +363,7 @@ def show(
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     plugin: flags.Plugin = None,
 ) -> None:
-    """List teachers, methods, runs, protocols, kernels; with a method's name, its paper, needs and settings."""
+    """List teachers, methods, runs, protocols, scores, kernels; with a method's name, its paper, needs and settings."""
     with border():
         if name is not None and what != "methods":
             raise ValueError(
@@ -412,6 +432,23 @@ def _run(trainer: Any) -> None:
 
 def _given(**values: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is not None}
+
+
+def _without(flags: dict[str, Any], where: str) -> None:
+    """Raises ValueError that names the first flag that was given although it has no effect."""
+    if names := list(_given(**flags)):
+        raise ValueError(f"--{names[0]} goes {where}")
+
+
+def _pairs(items: list[str] | None) -> dict[str, str]:
+    """KEY=VALUE texts.  Raises ValueError for what is none, or is there twice."""
+    found: dict[str, str] = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not (name and equals) or name in found:
+            raise ValueError(f"--option {item!r} should be KEY=VALUE, each key once")
+        found[name] = value
+    return found
 
 
 def _lora(rank: int | None, alpha: float | None, targets: list[str] | None) -> dict[str, Any] | None:

@@ -99,5 +99,17 @@ Unverified = Annotated[
 ]
 Clip = Annotated[Path | None, typer.Option(help="CLIPModel folder, for a CLIP score beside the protocol's figures.")]
 ImagePrompts = Annotated[
-    Path | None, typer.Option(help="Prompts of the images, line i of image i by name; or those to sample with.")
+    Path | None,
+    typer.Option(help="Prompts of the images, line i of image i by name; or those to sample with; or a benchmark's."),
 ]
+Score = Annotated[
+    Text, typer.Option(help="Score of another environment, as hpsv2.1, or an adapter's FILE.py; see `list scores`.")
+]
+Python = Annotated[
+    Path | None,
+    typer.Option(help="Of --score: the environment's bin/python that has the package; by default this one."),
+]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of --score's adapter. Repeatable.")
+]
+Timeout = Annotated[float | None, typer.Option(help="Of --score: seconds until it is given up; by default a day.")]

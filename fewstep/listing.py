@@ -25,7 +25,7 @@ NEEDS = {
 
 
 def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
-    """The table of teachers, methods, runs (those in the folder `runs`), protocols, kernels, or of a method's settings.
+    """The table of teachers, methods, runs (in the folder `runs`), protocols, scores, kernels, or a method's settings.
 
     plugins: some were loaded, so that the registries know more than the index made at build time.
     Raises LookupError for anything else.
@@ -40,6 +40,8 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
         return _table("run", "teacher", "method", "iterations", "best", rows=list(_runs(runs)))
     if what == "protocols":
         return _protocols()
+    if what == "scores":
+        return _scores()
     if what == "kernels":
         return Group(*_kernels())
     if name in methods:
@@ -47,7 +49,8 @@ def table_of(what: str, runs: Path, *, plugins: bool) -> Table | Group:
         settings = _table("setting (--set method.NAME=VALUE)", "type", "default", "note", rows=fields)
         return Group(*_about(name, methods[name]), settings)
     raise LookupError(
-        f"nothing called {what!r} to list; allowed: teachers, methods, runs, protocols, kernels, {', '.join(methods)}"
+        f"nothing called {what!r} to list; allowed: teachers, methods, runs, protocols, scores, kernels, "
+        + ", ".join(methods)
     )
 
 
@@ -90,6 +93,27 @@ def _protocols() -> Table:
         for name, found in PROTOCOLS.items()
     ]
     return _table("protocol", "source", "extractor", "figures", "samples", "reference", rows=rows)
+
+
+def _scores() -> Group:
+    """Those that other environments give, and how these are made."""
+    from fewstep.metrics.outside.scores import SCORES
+
+    rows = [
+        (
+            name,
+            found.source,
+            "any" if found.count is None else found.count,
+            found.prompts,
+            escape(found.environment),
+            escape(", ".join(found.options)),
+        )
+        for name, found in SCORES.items()
+    ]
+    return Group(
+        _table("score", "source", "number", "prompts (--prompts)", "environment (--python)", "--option", rows=rows),
+        "An adapter of your own: --score FILE.py. None of these has given a published figure yet.",
+    )
 
 
 def _kernels() -> Iterator[Table | str]:

@@ -139,7 +139,7 @@ def measure(
             seen = look(extractor, pictures, scorer=scorer, prompts=texts, advance=done)
         figures = figures_of(seen, protocol, extractor, reference, request.also, groups)
         records.append(record | told | {"n": count, "figures": figures})
-        _append(to or target / FILE, records[-1])
+        append(to or target / FILE, records[-1])
     return records
 
 
@@ -299,7 +299,8 @@ def _samples(
         yield told | {"seed": seed}, pictures(seed), texts
 
 
-def _append(file: Path, record: dict[str, Any]) -> None:
+def append(file: Path, record: dict[str, Any]) -> None:
+    """Add a line of JSON to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -11,6 +11,8 @@ TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP sc
 """Where they are not the keys themselves."""
 LOWER = frozenset({"fmd", "fmd_test", "kmd", "kmd_full", "sw", "fd"})
 HIGHER = frozenset({"precision", "recall", "density", "coverage", "clip_score", "agreement", "modes", "inside"})
+SCORES = frozenset({"HPSv2.1", "HPSv2.0", "ImageReward", "GenEval", "VBench"})
+"""Of other environments: higher is better, of them and of their parts, as "GenEval counting@80"."""
 
 
 def title(name: str) -> str:
@@ -20,7 +22,9 @@ def title(name: str) -> str:
 
 def better(name: str) -> Literal["lower", "higher"] | None:
     """Which way it is better, if one is."""
-    return "lower" if name in LOWER else "higher" if name in HIGHER else None
+    if name in LOWER:
+        return "lower"
+    return "higher" if name in HIGHER or name.split("@")[0].split(" ")[0] in SCORES else None
 
 
 def heading(name: str) -> str:

@@ -108,3 +108,33 @@ def _written(path, text):
 def test_unknown_figure_is_said_with_those_there_are():
     with pytest.raises(ValueError, match="no result has the figure 'fid'; there are fmd, recall"):
         tables([line("a", fmd=1.0, recall=0.5)], ["fid"])
+
+
+def figures(name, value, seed=None, n=100, protocol="a" * 64, **more):
+    return {"name": name, "protocol_hash": protocol, "n": n, "seed": seed, "figures": {"HPSv2.1@100": value}} | more
+
+
+def test_lines_of_protocols_and_scores_are_read(tmp_path):
+    """Sets of other seeds become their mean, the newest of a seed counts, and a folder has no steps."""
+    path = tmp_path / "figures.jsonl"
+    rows = [figures("run", 1.0, 0, steps=4), figures("run", 9.0, 1, steps=4), figures("run", 3.0, 1, steps=4)]
+    rows += [figures("folder", 5.0, intervals={"HPSv2.1@100": [4.0, 6.0]}), figures("folder", 7.0, n=99)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, folder, fewer = read(path)
+    assert (run.figures, run.seeds, run.trainings, run.steps) == ({"HPSv2.1@100": 2.0}, 2, 1, 4)
+    assert (folder.steps, folder.spread, folder.interval) == (None, {"HPSv2.1@100": 1.0}, True)
+    assert (fewer.n, fewer.interval) == (99, False)
+    (table,) = tables([run, folder])
+    assert table.head == ("model", "NFE", "HPSv2.1@100 ↑") and table.bold == {(1, 2)}
+    assert [row[1:] for row in table.rows] == [("4", "2 ± 1.4"), ("-", "5 ± 1")]
+    assert table.notes[0].endswith("over the sets") and table.notes[1].endswith(
+        "± half of the 95% interval over prompts"
+    )
+
+
+def test_a_line_without_a_name_has_its_folders(tmp_path):
+    """As those of protocols: the images', or the run's that holds the file."""
+    (tmp_path / "run").mkdir()
+    rows = [figures("", 1.0, images="some/images"), figures("", 2.0, 7, steps=1)]
+    (tmp_path / "run" / "figures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [line.name for line in read(tmp_path / "run" / "figures.jsonl")] == ["images", "run"]

@@ -1,0 +1,1 @@
+"""Scores of packages that live in another environment: a process there is asked in JSON and answers in JSON."""

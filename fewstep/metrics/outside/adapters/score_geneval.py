@@ -1,0 +1,81 @@
+"""GenEval's verdict on each picture, by the evaluator of github.com/djghosh13/geneval: 1 if it is correct, else 0.
+
+Options: results, the file that the evaluator wrote already; or evaluator, the folder of its repository, and detector,
+the folder of the Mask2Former that its download_models.sh fetched.  The evaluator needs a GPU and its own environment.
+Written against the evaluator's source; not yet run with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+DETECTOR = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"
+
+
+def main() -> None:
+    """Read the request, and write the answer."""
+    asked, began = json.load(sys.stdin), time.monotonic()
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    options, told = asked["options"], {"contract": 1, "metric": asked["metric"]}
+    if "results" in options:
+        told["scores"] = verdicts(options["results"], asked["items"])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            told["scores"] = verdicts(evaluated(asked, folder), asked["items"])
+        told["weights"] = {DETECTOR: sha256(os.path.join(options["detector"], DETECTOR))}
+    told["seconds"] = time.monotonic() - began
+    with answer:
+        json.dump(told, answer)
+
+
+def evaluated(asked: dict, folder: str) -> str:
+    """The file of results, of the pictures as the evaluator wants them: each prompt's beside its description.
+
+    Raises ValueError for others than PNG files, which the evaluator passes over.
+    """
+    images, results = os.path.join(folder, "images"), os.path.join(folder, "results.jsonl")
+    for item in asked["items"]:
+        if not item["file"].endswith(".png"):
+            raise ValueError(f"GenEval's evaluator reads PNG files alone, not {item['file']}")
+        link = os.path.join(images, item["file"])
+        os.makedirs(os.path.dirname(link), exist_ok=True)
+        os.symlink(os.path.join(asked["folder"], item["file"]), link)
+        described = os.path.join(os.path.dirname(os.path.dirname(link)), "metadata.jsonl")
+        with open(described, "w", encoding="utf-8") as file:
+            json.dump(item["extra"], file)
+    script = os.path.join(asked["options"]["evaluator"], "evaluation", "evaluate_images.py")
+    command = [sys.executable, script, images, "--outfile", results, "--model-path", asked["options"]["detector"]]
+    subprocess.run(command, check=True)
+    return results
+
+
+def verdicts(results: str, items: list) -> dict:
+    """1 or 0 by file, from JSON lines of `filename`, `tag` and `correct`.  Raises ValueError for another task's."""
+    tags, scores = {item["file"]: item["extra"]["tag"] for item in items}, {}
+    with open(results, encoding="utf-8") as lines:
+        for found in map(json.loads, lines):
+            file = "/".join(found["filename"].replace(os.sep, "/").split("/")[-3:])  # 00012/samples/0003.png
+            if tags.get(file, found["tag"]) != found["tag"]:
+                raise ValueError(f"{file} is of the task {tags[file]}, and {results} has it under {found['tag']}")
+            scores[file] = float(found["correct"])
+    return scores
+
+
+def sha256(path: str) -> str:
+    """Of a file, a mebibyte at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""VBench's scores of videos in sixteen dimensions, by the package `vbench` (github.com/Vchitect/VBench, 0.1.5).
+
+Each video has scores in the dimensions that its prompt belongs to; the figures are the package's own, some of which are
+means over frames and not over videos.  Standard mode: videos are called PROMPT-0.mp4 to PROMPT-4.mp4.
+
+Options: results, a file that the package wrote already, or several with commas between; local, 1 where its weights are
+in $VBENCH_CACHE_DIR; full_info, its list of prompts, by default the one that comes with it.
+Run with the package in the one dimension that needs no weights, temporal flickering; not yet in the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flickering",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "object_class",
+    "multiple_objects",
+    "human_action",
+    "color",
+    "spatial_relationship",
+    "scene",
+    "appearance_style",
+    "temporal_style",
+    "overall_consistency",
+)
+
+
+def main() -> None:
+    """Read the request, and write the answer."""
+    asked, began = json.load(sys.stdin), time.monotonic()
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print, and the downloads that the package starts
+    if "results" in asked["options"]:
+        found = {}
+        for path in asked["options"]["results"].split(","):
+            found.update(read(path))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            found = evaluated(asked, folder)
+    scores = {item["file"]: {} for item in asked["items"]}  # a video in which a dimension sees nothing has none
+    for dimension, (_, videos) in found.items():
+        for video in videos:
+            scores.setdefault(os.path.basename(video["video_path"]), {})[dimension] = float(video["video_results"])
+    told = {"contract": 1, "metric": asked["metric"], "scores": scores, "seconds": time.monotonic() - began}
+    told["figures"] = {dimension: float(figure) for dimension, (figure, _) in found.items()}
+    told["package"] = package("vbench")
+    with answer:
+        json.dump(told, answer)
+
+
+def evaluated(asked: dict, folder: str) -> dict:
+    """[figure, scores of videos] by dimension, one after another."""
+    import torch
+    import vbench  # type: ignore
+
+    options, found = asked["options"], {}
+    info = options.get("full_info") or os.path.join(os.path.dirname(vbench.__file__), "VBench_full_info.json")
+    device = torch.device("cuda" if asked["device"] == "auto" else asked["device"])
+    bench = vbench.VBench(device, info, folder)  # type: ignore
+    for dimension in DIMENSIONS:
+        bench.evaluate(
+            videos_path=asked["folder"],
+            name=dimension,
+            dimension_list=[dimension],
+            local=options.get("local") == "1",
+            read_frame=False,
+            mode="vbench_standard",
+            imaging_quality_preprocessing_mode="longer",
+        )
+        found.update(read(os.path.join(folder, dimension + "_eval_results.json")))
+        print(f"progress: {len(found)}/{len(DIMENSIONS)}", file=sys.stderr)
+    return found
+
+
+def read(path: str) -> dict:
+    """A file of results."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def package(name: str) -> str | None:
+    """Name and version; None where only its results are."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
