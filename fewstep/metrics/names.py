@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 UP, DOWN = "↑", "↓"
 TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
 """Where they are not the keys themselves."""
-LOWER = frozenset({"fmd", "fmd_test", "kmd", "kmd_full", "sw", "fd"})
-HIGHER = frozenset({"precision", "recall", "density", "coverage", "clip_score", "agreement", "modes", "inside"})
-SCORES = frozenset({"HPSv2.1", "HPSv2.0", "ImageReward", "GenEval", "VBench"})
-"""Of other environments: higher is better, of them and of their parts, as "GenEval counting@80"."""
+LOWER = frozenset(
+    {"fmd", "fmd_test", "kmd", "kmd_full", "sw"}
+    | {"FID", "KID", "CMMD", "FD-DINOv2", "KD-DINOv2", "KD-CLIP", "FMD", "KMD", "FD", "KD", "MMD", "fd"}
+)
+HIGHER = frozenset(
+    {"precision", "recall", "density", "coverage", "clip_score", "agreement", "modes", "inside", "IS"}
+    | {"HPSv2.1", "HPSv2.0", "ImageReward", "GenEval", "VBench"}
+)
 
 
 def title(name: str) -> str:
@@ -21,10 +26,13 @@ def title(name: str) -> str:
 
 
 def better(name: str) -> Literal["lower", "higher"] | None:
-    """Which way it is better, if one is."""
-    if name in LOWER:
-        return "lower"
-    return "higher" if name in HIGHER or name.split("@")[0].split(" ")[0] in SCORES else None
+    """Which way it is better, if one is; of parts and few samples as of all: GenEval counting, FID@5000, patch FID.
+
+    Those of weights that nobody has verified, too: FD[inception-unverified].
+    """
+    of_all = re.match(r"(?:patch )?([^@\[ ]+)", name)
+    stem = name if of_all is None else of_all[1]
+    return "lower" if stem in LOWER else "higher" if stem in HIGHER else None
 
 
 def heading(name: str) -> str:
