@@ -50,7 +50,7 @@ def load(options: dict) -> tuple:
     model, _, prepare = create_model_and_transforms(
         MODEL, None, precision="amp", device=device, light_augmentation=True, aug_cfg={}, output_dict=True
     )
-    model.load_state_dict(torch.load(checkpoint, map_location=device)["state_dict"])
+    model.load_state_dict(torch.load(checkpoint, map_location=device, weights_only=True)["state_dict"])
     model, tokenizer = model.to(device).eval(), get_tokenizer(MODEL)
 
     def score(file: str, prompt: str) -> float:

@@ -67,8 +67,8 @@ class Number(float):
     def __matmul__(self, other): return Number(self * other)
     def __getitem__(self, index): return float(self)
 
-def load(path, map_location):
-    assert map_location == "cpu"
+def load(path, map_location, weights_only):
+    assert map_location == "cpu" and weights_only
     with open(path) as file:
         return json.load(file)
 
