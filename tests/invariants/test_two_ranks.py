@@ -72,6 +72,13 @@ def test_signal_to_one_rank_stops_both_at_the_same_iteration(ranks: Path):
     assert names == ["00000002", "00000005"]  # the best, which `keep` covers too, and the last
 
 
+def test_shares_of_the_gradient_are_the_mean_of_both_ranks(ranks: Path):
+    """Each rank's shares sum to 1, so their means do.  Fails if ranks take the mean of each other's terms."""
+    rows = [json.loads(line) for line in (ranks / "metrics.jsonl").read_text().splitlines()]
+    seen = [(row["grad/dm"], row["grad/gan"]) for row in rows if "grad/gan" in row]
+    assert len(seen) == 4 and all(0 < dm < 1 and dm + gan == pytest.approx(1, abs=1e-6) for dm, gan in seen)
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_both(ranks: Path):
     """Fails by hanging when the main process leaves `save` with an error that it keeps to itself."""
     main, other = (json.loads((ranks / f"failed.{rank}.json").read_text()) for rank in range(2))
