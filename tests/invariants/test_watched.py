@@ -55,7 +55,8 @@ def test_a_run_is_the_same_with_and_without(unwatched: Any, tmp_path: Path):
         networks = {"generator": trainer.trio.generator, "fake": trainer.trio.critic()}
         return rows, {f"{n}.{k}": p.detach() for n, net in networks.items() for k, p in net.weights().items()}
 
-    (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
     rows, weights = trained(tmp_path / "with")
     unwatched()
     plain, wanted = trained(tmp_path / "without")
