@@ -19,8 +19,8 @@ OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clock demo test test-all oracles mutants compare bench golden check format smoke index docs teachers \
-        clean
+.PHONY: help setup clock demo test test-all oracles mutants compare bench golden check format smoke index notebooks docs \
+        teachers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -55,6 +55,8 @@ smoke: setup  ## a toy distillation through the command line
 	$(PY) -m fewstep.cli distill --teacher mixture --method dmd2 --iterations 20 --out runs/smoke --overwrite
 index: setup  ## write fewstep/index.json again, after adding a method or teacher
 	$(PY) -m fewstep.index
+notebooks: setup  ## run the notebooks and store what their cells show (ARGS=NAME for some)
+	$(PY) -m tests.notebooks $(ARGS)
 docs: setup  ## the documents as pages in build/site; a warning is an error
 	$(PY) -c "import mkdocs, material, mkdocstrings_handlers.python" 2>/dev/null || { pins=$$(mktemp); \
 	    $(PY) -c "$$PINS" $(OWN) > $$pins; $(PY) -m pip install -q -c $$pins -e '.[docs]'; rm $$pins; }

@@ -16,6 +16,10 @@ DRIFT = 0.15
 """Share by which the spread of samples may differ from that at the best evaluation."""
 GROWTH = 4.0
 """Times that a derivative or gap may grow from its level in the first tenth."""
+DROWNED = 0.01
+"""Share of the gradient at the student's samples below which a term of the loss says next to nothing."""
+UNWEIGHTED = ("dm", "sid", "vsd")
+"""Terms whose weight is 1, so that the others' are told by them."""
 CHANCE, EASY = 2 * math.log(2), 0.3
 """A discriminator's loss that tells nothing apart [2 log 2: softplus(0) twice], and one that has won."""
 
@@ -159,6 +163,29 @@ def _discriminator(rows: Rows, train: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _drowned(rows: Rows, train: Mapping[str, Any]) -> str | None:
+    """A term of the student's loss whose gradient is next to nothing beside the others' (`objectives.terms.shares`)."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("grad/"))
+    shares = {name.removeprefix("grad/"): _values(rows, name) for name in names}
+    late = {term: _last(values) for term, values in shares.items() if len(values) >= 20}
+    for term, values in late.items():
+        most = max(share for _, share in values)
+        if not 0 < most < DROWNED:  # exactly 0 is a hinge that is satisfied
+            continue
+        loudest = max(late, key=lambda other: _mean(late[other]))
+        remedy = f"lower {_weight(loudest)}" if term in UNWEIGHTED else f"raise {_weight(term)}, or leave the term out"
+        return (
+            f"{term} gives {most:.2%} of the gradient at the student's samples or less, {loudest} "
+            f"{_mean(late[loudest]):.1%}: one term of the loss drowns the other; {remedy}."
+        )
+    return None
+
+
+def _weight(term: str) -> str:
+    """The setting that weighs a term of the student's loss; that of guidance is the scale itself."""
+    return "method.guidance" if term == "ca" else f"method.{term}_weight"
+
+
 def _clipped(rows: Rows, train: Mapping[str, Any]) -> str | None:
     for player in ("generator", "critic"):
         clip = train.get(player, {}).get("clip")
@@ -183,5 +210,6 @@ RULES: dict[str, Callable[[Rows, Mapping[str, Any]], str | None]] = {
     "derivative": _growing,
     "lag": _gap,
     "discriminator": _discriminator,
+    "drowned": _drowned,
     "clip": _clipped,
 }

@@ -114,7 +114,11 @@ class Batch:
 
 
 class Loss(NamedTuple):
-    """A scalar to back-propagate (mean over the batch) and detached scalars to log."""
+    """A scalar to back-propagate (mean over the batch) and detached scalars to log.
+
+    grads: each term's gradient at the student's samples, where there are terms; the backward pass writes them.
+    """
 
     total: Tensor
     metrics: Mapping[str, Tensor] = {}
+    grads: Mapping[str, Tensor] = {}

@@ -16,7 +16,7 @@ from fewstep.objectives.base import register_objective
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.objectives.renoise import moments
 from fewstep.objectives.rollout import Rollout
-from fewstep.objectives.terms import distribution_matching
+from fewstep.objectives.terms import distribution_matching, watched
 from fewstep.rng import Rng
 from fewstep.types import Batch, Condition
 
@@ -78,7 +78,9 @@ class DecoupledDMD(DMD2):
                 for step in range(self.num_steps):
                     self.law_below(self.level(schedule, step))  # raises for a step that leaves no index
 
-    def matching(self, trio: Trio, batch: Batch, rollout: Rollout, rng: Rng) -> tuple[Tensor, dict[str, Tensor]]:
+    def matching(
+        self, trio: Trio, batch: Batch, rollout: Rollout, rng: Rng, grads: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss whose gradient is minus delta's terms over their normalisers, by numel(x); and what to log of it.
 
         Network calls: 3 where the level is shared, as in DMD2, else 4, or 5 if sum-guided; 2 at guidance 1.
@@ -99,7 +101,7 @@ class DecoupledDMD(DMD2):
                     scale_of = {"dm": real_g, "ca": real_g}
                 elif self.normaliser == "sum-conditional":
                     scale_of = {"dm": real, "ca": real}
-        losses = {name: move(x, delta[name], scale_of[name], floor=self.floor) for name in delta}
+        losses = {n: move(watched(x, n, grads), delta[n], scale_of[n], floor=self.floor) for n in delta}
         total, gap = sum(losses.values(), torch.zeros_like(losses["dm"])), _rms(fake - real)
         cosine = cosine_similarity(fake.flatten(1), real.flatten(1)).mean()
         metrics = {"dm": total.detach(), "dm/gap_rms": gap, "dm/lag": gap / _rms(real), "dm/cos": cosine}

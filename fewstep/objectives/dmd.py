@@ -12,7 +12,7 @@ from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, check_positive, register_objective
 from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import StudentSampler, backward_simulation
-from fewstep.objectives.terms import distribution_matching
+from fewstep.objectives.terms import distribution_matching, watched
 from fewstep.rng import Rng
 from fewstep.types import Batch, Loss, Need, Role
 
@@ -69,28 +69,31 @@ class DMD:
 
     def generator_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
         """L_DM(G(z)) + weight l(G(z_ref), y_ref), z and z_ref of two independent streams     [DMD, algorithm 1]"""
-        x = backward_simulation(trio.generator, batch, rng, self.sampler).x
+        x, grads = backward_simulation(trio.generator, batch, rng, self.sampler).x, {}
         with torch.no_grad():
             t = index_law(self.min_index, self.max_index, self.shift).sample(rng, "matching.t", x.device)
             x_t = trio.real_score.schedule.add_noise(x, rng.randn_like(x, "matching.eps"), t)
             real = guided(trio.real_score, self.guidance)(x_t, t, batch.cond).x0
             fake = trio.critic()(x_t, t, batch.cond).x0
-        total, weight = distribution_matching(x, real, fake, floor=self.floor)
+        total, weight = distribution_matching(watched(x, "dm", grads), real, fake, floor=self.floor)
         gap = (fake - real).square().mean().sqrt()
         metrics = {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **moments(x)}
         if self.regression_weight:
-            loss = self.regression(trio, batch)
+            loss = self.regression(trio, batch, grads)
             total, metrics["regression"] = total + self.regression_weight * loss, loss.detach()
-        return Loss(total, metrics)
+        return Loss(total, metrics, grads)
 
-    def regression(self, trio: Trio, batch: Batch) -> torch.Tensor:
-        """l: mean |G(z_ref) - y_ref|^2 over all elements, or the mean LPIPS.  Returns a scalar."""
+    def regression(self, trio: Trio, batch: Batch, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+        """l: mean |G(z_ref) - y_ref|^2 over all elements, or the mean LPIPS.  Returns a scalar.
+
+        grads: where its gradient at G(z_ref) goes.
+        """
         if batch.pair is None:
             raise ValueError("the regression needs pairs in the batch; see `needs`")
         noise, x0, cond = batch.pair
         schedule = trio.generator.schedule
         t = self.sampler.grid(schedule).to(noise.device).expand(len(noise))
-        x = trio.generator(schedule.prior(noise), t, cond).x0
+        x = watched(trio.generator(schedule.prior(noise), t, cond).x0, "regression", grads)
         return trio.sight().apart(x, x0).mean() if self.distance == "lpips" else (x - x0).square().mean()
 
     def critic_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:

@@ -16,7 +16,7 @@ from fewstep.objectives.base import Turns, check_positive, register_objective
 from fewstep.objectives.gan import contest, judged, real_of
 from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
-from fewstep.objectives.terms import approximate_r1, distribution_matching, gan_generator
+from fewstep.objectives.terms import approximate_r1, distribution_matching, gan_generator, watched
 from fewstep.rng import Rng
 from fewstep.types import Batch, Condition, Loss, Need, Role
 
@@ -80,23 +80,28 @@ class DMD2:
 
     def generator_loss(self, trio: Trio, batch: Batch, rng: Rng) -> Loss:
         """Descend the matching term, and the GAN's once it takes part."""
-        rollout = self.rollout(trio, batch, rng)
-        total, metrics = self.matching(trio, batch, rollout, rng)
+        rollout, grads = self.rollout(trio, batch, rng), {}
+        total, metrics = self.matching(trio, batch, rollout, rng, grads)
         if self.adversarial(rng) and rng.iteration > self.gan_start:  # by then the head has moved once
-            x = rollout.x
+            x = watched(rollout.x, "gan", grads)
             loss = gan_generator(self.logits(trio, x, batch.cond, *self.noise(x, rng, "gan")))
             total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
-        return Loss(total, metrics)
+        return Loss(total, metrics, grads)
 
-    def matching(self, trio: Trio, batch: Batch, rollout: Rollout, rng: Rng) -> tuple[Tensor, dict[str, Tensor]]:
-        """The diffused reverse KL's loss, estimated at one re-noised level per sample, and what to log of it."""
+    def matching(
+        self, trio: Trio, batch: Batch, rollout: Rollout, rng: Rng, grads: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The diffused reverse KL's loss, estimated at one re-noised level per sample, and what to log of it.
+
+        grads: where its gradient goes, see `watched`.
+        """
         x = rollout.x
         with torch.no_grad():
             t = self.law(self.min_index, self.max_index).sample(rng, "matching.t", x.device)
             x_t = trio.real_score.schedule.add_noise(x, rng.randn_like(x, "matching.eps"), t)
             real = guided(trio.real_score, self.guidance)(x_t, t, batch.cond).x0
             fake = trio.critic()(x_t, t, batch.cond).x0  # never guided: it models the generator, not a sharpened one
-        total, weight = distribution_matching(x, real, fake, floor=self.floor)
+        total, weight = distribution_matching(watched(x, "dm", grads), real, fake, floor=self.floor)
         gap = (fake - real).square().mean().sqrt()
         return total, {"dm": total.detach(), "dm/gap_rms": gap, "dm/weight": weight.mean(), **moments(x)}
 

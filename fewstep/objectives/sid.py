@@ -19,7 +19,7 @@ from fewstep.objectives.base import Turns, check_positive, register_objective
 from fewstep.objectives.gan import contest, judged, real_of
 from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
-from fewstep.objectives.terms import denoising, gan_generator, score_identity, with_gradient
+from fewstep.objectives.terms import denoising, gan_generator, score_identity, watched, with_gradient
 from fewstep.rng import Rng
 from fewstep.types import Batch, Condition, Loss, Need, Real, Role
 
@@ -110,15 +110,17 @@ class SiD:
         The graph through both scores is gone before the generator's is walked back.
         """
         x = self.rollout(trio, batch, rng).x
-        leaf = x.detach().requires_grad_()
+        leaf, grads = x.detach().requires_grad_(), {}
         with _evaluating(trio.critic()):  # dropout in one of two equal networks would look like a difference of scores
             total, metrics = self.identity(trio, leaf, batch.cond, rng)
             if self.gan_weight and rng.iteration >= self.gan_warmup:
-                loss = self.gan_loss(trio, leaf, batch.cond, metrics["sid/weight"], rng)
+                loss = self.gan_loss(trio, watched(leaf, "gan", grads), batch.cond, metrics["sid/weight"], rng)
                 total, metrics["gan"] = total + self.gan_weight * loss, loss.detach()
             # A loss scaler does not reach this backward: per element, not per mean, it stays within fp16's range.
             (grad,) = torch.autograd.grad(total, leaf, torch.full_like(total, x.numel()))
-        return Loss(with_gradient(x, total.detach(), grad / x.numel()), metrics)
+        # A node of its own would add the identity's two paths before the GAN's: other last digits.
+        grads["sid"] = grad - grads.get("gan", 0)
+        return Loss(with_gradient(x, total.detach(), grad / x.numel()), metrics, grads)
 
     def identity(self, trio: Trio, x: Tensor, cond: Condition, rng: Rng) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the generator's samples x [B, C, H, W], at one re-noised level per sample; and what to log."""

@@ -11,7 +11,7 @@ from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns, check_positive, register_objective
 from fewstep.objectives.renoise import fit_fake_score, index_law, moments
 from fewstep.objectives.rollout import Rollout, StudentSampler, backward_simulation
-from fewstep.objectives.terms import noise_error, variational
+from fewstep.objectives.terms import noise_error, variational, watched
 from fewstep.rng import Rng
 from fewstep.types import Batch, Loss, Need, Role
 
@@ -83,20 +83,20 @@ class SwiftBrush:
 
         Version 2 adds weight max(0, margin - cos(picture, prompt)), the mean over the batch.
         """
-        x = self.rollout(trio, batch, rng).x
+        x, grads = self.rollout(trio, batch, rng).x, {}
         with torch.no_grad():
             t = index_law(self.min_index, self.max_index, self.shift).sample(rng, "vsd.t", x.device)
             x_t = trio.real_score.schedule.add_noise(x, rng.randn_like(x, "vsd.eps"), t)
             real = guided(trio.real_score, self.guidance)(x_t, t, batch.cond)
             fake = guided(trio.critic(), self.guidance)(x_t, t, batch.cond)
-        total = variational(x, real, fake)
+        total = variational(watched(x, "vsd", grads), real, fake)
         gap = (fake.x0 - real.x0).square().mean().sqrt()
         metrics = {"vsd": total.detach(), "vsd/gap_rms": gap, **moments(x)}
         if weight := self.clip_share(rng.iteration):
-            cosines = trio.sight().fits(x, batch.prompts)
+            cosines = trio.sight().fits(watched(x, "clip", grads), batch.prompts)
             total = total + weight * (self.clip_margin - cosines).clamp_min(0).mean()
             metrics["clip/cosine"] = cosines.detach().mean()
-        return Loss(total, metrics)
+        return Loss(total, metrics, grads)
 
     def clip_share(self, iteration: int) -> float:
         """The CLIP loss's weight at an iteration, counted from 0."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,32 @@ def with_gradient(x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
 def with_gradients(value: Tensor, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     """The same with respect to several tensors."""
     return _WithGradients.apply(value, tuple(grads), *tensors)  # type: ignore[return-value]
+
+
+def watched(x: Tensor, term: str, grads: dict[str, Tensor]) -> Tensor:
+    """x itself, for one term of a loss: when its gradient comes back, dL_term/dx is written into grads[term].
+
+    The term's weight is in it, and whatever scales the whole loss.  No second backward, and no other gradient: it
+    passes as it is.  x: the student's samples [B, ...].
+    """
+    seen = x.view_as(x)  # a node of this term alone: at x itself only the terms' sum arrives
+    grads[term] = torch.zeros((), device=x.device)  # until then, so that all processes have the same terms in one order
+    if seen.requires_grad:
+        seen.register_hook(lambda grad: grads.update({term: grad}))
+    return seen
+
+
+def shares(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """grad/TERM = |dL_TERM/dx| / sum over terms, in [0, 1], as figures to log; nothing of a loss with a single term.
+
+    What scales the whole loss (accumulation, a loss scaler) falls out.  Of terms that cancel, the sum is not |dL/dx|.
+    grads: each term's, as `watched` left them.
+    """
+    if len(grads) < 2:
+        return {}
+    norms = {term: torch.linalg.vector_norm(_wide(grad)) for term, grad in grads.items()}
+    whole = torch.stack([*norms.values()]).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return {f"grad/{term}": norm / whole for term, norm in norms.items()}
 
 
 def distribution_matching(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, floor: float = 1e-5) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from fewstep.models.ema import EMA
 from fewstep.models.offload import Offload
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Objective
+from fewstep.objectives.terms import shares
 from fewstep.rng import Rng, key
 from fewstep.training import checkpoint, fsdp, parallel
 from fewstep.training.boards import open_board
@@ -136,7 +137,7 @@ class Trainer:
                     self.accelerator.backward(loss.total / self.config.accumulate)
                     if self.offload is not None:
                         self.offload.leave()
-                    metrics.append(loss.metrics)
+                    metrics.append({**loss.metrics, **shares(loss.grads)})
             if self._descend(turn, optimizer, config.clip):  # a skipped step's NaN would be the whole interval's mean
                 for row in metrics:
                     self._collect(row)

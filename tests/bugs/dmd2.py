@@ -393,8 +393,8 @@ MUTANTS = (
         "matching",
         "real and fake estimate are given in the wrong order",
         "fewstep/objectives/dmd2.py",
-        "distribution_matching(x, real, fake,",
-        "distribution_matching(x, fake, real,",
+        'distribution_matching(watched(x, "dm", grads), real, fake,',
+        'distribution_matching(watched(x, "dm", grads), fake, real,',
         (f"{DMD2}::test_the_generators_gradient_is_the_score_difference_by_hand",),
     ),
     Mutant(
@@ -517,5 +517,55 @@ MUTANTS = (
         '            if turn == "generator":\n                self.ema',
         "            if True:\n                self.ema",
         (f"{TRAINER}::test_average_moves_only_after_generator_steps",),
+    ),
+    # -- what each term of a loss pulls with --------------------------------------------------------------------------
+    Mutant(
+        "terms-watched-at-x",
+        "shares",
+        "terms share x's own node, where only the sum of their gradients arrives",
+        "fewstep/objectives/terms.py",
+        "seen = x.view_as(x)",
+        "seen = x",
+        (f"{TERMS}::test_each_terms_gradient_is_told_apart_and_none_is_changed",),
+    ),
+    Mutant(
+        "shares-exchanged",
+        "shares",
+        "each term gets another's share",
+        "fewstep/objectives/terms.py",
+        "for term, norm in norms.items()}",
+        "for term, norm in zip(norms, reversed(norms.values()))}",
+        (f"{TERMS}::test_each_terms_gradient_is_told_apart_and_none_is_changed",),
+    ),
+    Mutant(
+        "shares-before-backward",
+        "shares",
+        "shares are taken when no gradient has come back yet",
+        "fewstep/training/trainer.py",
+        """                    self.accelerator.backward(loss.total / self.config.accumulate)
+                    if self.offload is not None:
+                        self.offload.leave()
+                    metrics.append({**loss.metrics, **shares(loss.grads)})""",
+        """                    metrics.append({**loss.metrics, **shares(loss.grads)})
+                    self.accelerator.backward(loss.total / self.config.accumulate)""",
+        ("tests/invariants/test_watched.py::test_a_run_is_the_same_with_and_without",),
+    ),
+    Mutant(
+        "terms-exchanged",
+        "shares",
+        "the GAN's gradient is filed as the matching term's and the other way round",
+        "fewstep/objectives/terms.py",
+        "hook(lambda grad: grads.update({term: grad}))",
+        'hook(lambda grad: grads.update({{"dm": "gan", "gan": "dm"}.get(term, term): grad}))',
+        (f"{GAN}::test_the_generators_loss_tells_the_gans_gradient_from_the_matching_terms",),
+    ),
+    Mutant(
+        "whole-for-the-identity",
+        "shares",
+        "what SiD's terms give together is filed as the identity's",
+        "fewstep/objectives/sid.py",
+        'grads["sid"] = grad - grads.get("gan", 0)',
+        'grads["sid"] = grad',
+        ("tests/unit/objectives/test_sid.py::test_the_identitys_gradient_is_told_from_the_gans",),
     ),
 )

@@ -233,8 +233,8 @@ MUTANTS = (
         "sid-gan",
         "the judged sample is detached: the GAN moves nothing",
         OBJ,
-        "self.gan_loss(trio, leaf, batch.cond",
-        "self.gan_loss(trio, leaf.detach(), batch.cond",
+        'self.gan_loss(trio, watched(leaf, "gan", grads), batch.cond',
+        'self.gan_loss(trio, watched(leaf.detach(), "gan", grads), batch.cond',
         (f"{SID}::test_the_generators_gan_loss_by_hand",),
     ),
     Mutant(

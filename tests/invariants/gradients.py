@@ -118,7 +118,7 @@ class Judge:
 
 def stopped(out: Path) -> str:
     """Train until SIGTERM, which only the last rank gets: the reason this rank stopped for."""
-    trainer, _ = make(Trainer, out, 1, checkpoint_every=100, evaluate_every=2, log_every=1, iterations=100)
+    trainer, _ = make(Trainer, out, 1, "gan", checkpoint_every=100, evaluate_every=2, log_every=1, iterations=100)
     trainer.monitor, step = Judge(), trainer.step
 
     def signalled(iteration: int) -> None:

@@ -72,6 +72,19 @@ def test_signal_to_one_rank_stops_both_at_the_same_iteration(ranks: Path):
     assert names == ["00000002", "00000005"]  # the best, which `keep` covers too, and the last
 
 
+def test_shares_of_the_gradient_are_those_of_two_micro_batches(ranks: Path, tmp_path: Path):
+    """A rank's samples are a micro-batch of one process, and both log the mean of the two.
+
+    Fails if the ranks name their terms in different orders, so that one's GAN meets the other's matching term.
+    """
+    trainer, _ = script.make(script.Trainer, tmp_path, 1, "gan", accumulate=2, iterations=5, log_every=1)
+    trainer.run()
+    two, one = ([json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (ranks, tmp_path))
+    found, wanted = ([(row["grad/dm"], row["grad/gan"]) for row in rows if "grad/gan" in row] for rows in (two, one))
+    assert len(wanted) == 4 and all(0 < gan < 0.4 for _, gan in wanted)  # so that exchanged ones would differ
+    assert found == [pytest.approx(pair, rel=1e-6) for pair in wanted]
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_both(ranks: Path):
     """Fails by hanging when the main process leaves `save` with an error that it keeps to itself."""
     main, other = (json.loads((ranks / f"failed.{rank}.json").read_text()) for rank in range(2))

@@ -25,6 +25,8 @@ def test_a_good_run_is_left_alone():
         "dm/gap_rms": lambda p: 1 - p / 2,
         "x/std": 1.0,
         "gan/critic": 1.3,
+        "grad/dm": lambda p: 0.98 if p < 0.99 else 0.999,
+        "grad/gan": lambda p: 0.02 if p < 0.99 else 0.001,
         "generator/grad_norm": 0.5,
         "skipped": 1,
     }
@@ -45,6 +47,12 @@ def test_a_good_run_is_left_alone():
         ("lag", rows(**{"sid/gap_rms": lambda p: 0.1 + p}), "lags behind the student"),
         ("discriminator", rows(**{"gan/critic": 0.05}), "nearly always"),
         ("discriminator", rows(**{"gan/critic": CHANCE}), "told nothing apart"),
+        ("drowned", rows(**{"grad/dm": 0.996, "grad/gan": 0.004}), "raise method.gan_weight, or leave the term out"),
+        ("drowned", rows(**{"grad/dm": 0.004, "grad/gan": 0.996}), "dm gives 0.40% of the gradient"),
+        ("drowned", rows(**{"grad/dm": 0.004, "grad/gan": 0.996}), "lower method.gan_weight"),
+        ("drowned", rows(**{"grad/dm": 1, "grad/regression": 1e-4}), "raise method.regression_weight"),
+        ("drowned", rows(**{"grad/vsd": 1e-4, "grad/clip": 1}), "lower method.clip_weight"),
+        ("drowned", rows(**{"grad/dm": 0.005, "grad/ca": 0.695, "grad/gan": 0.3}), "lower method.guidance"),
         ("clip", rows(**{"critic/grad_norm": 400.0}), "Every late gradient of the critic is clipped"),
     ],
 )
@@ -54,3 +62,14 @@ def test_each_rule_speaks(rule, found, words):
 
 def test_an_evaluation_that_is_still_to_come_is_no_lack():
     assert "unmeasured" not in advice(rows(5, dm=1.0), TRAIN)
+
+
+def test_a_term_is_drowned_in_every_late_reading_or_not_at_all():
+    """And one that gives exactly nothing, as a hinge that is satisfied, is no case for a larger weight.
+
+    Fails if the last reading alone decides, or the term's mean.
+    """
+    once = rows(**{"grad/dm": 0.99, "grad/gan": lambda p: 0.011 if p == 0.95 else 0.001})
+    satisfied = rows(**{"grad/vsd": 1.0, "grad/clip": 0.0})
+    few = rows(19, **{"grad/dm": 0.999, "grad/gan": 0.001})
+    assert not any("drowned" in advice(found, TRAIN) for found in (once, satisfied, few))

@@ -96,7 +96,7 @@ def gradient(method: DMD2, trio: Trio, **draws: int) -> torch.Tensor:
     """numel(x) dL/dx: minus the way that each sample moves."""
     rollout = method.rollout(trio, batch(draws.get("size", 6)), rng(**draws))
     x = rollout.x.detach().requires_grad_()
-    total, _ = method.matching(trio, batch(len(x)), rollout._replace(x=x), rng(**draws))
+    total, _ = method.matching(trio, batch(len(x)), rollout._replace(x=x), rng(**draws), {})
     (grad,) = torch.autograd.grad(total, x)
     return grad * x.numel()
 

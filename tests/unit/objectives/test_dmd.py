@@ -45,6 +45,23 @@ def test_the_regression_by_hand():
     assert_close(added, by_hand, atol=1e-5, rtol=1e-4)
 
 
+def test_both_terms_gradients_are_told_apart():
+    """The regression's at its own sample, w 2 (x_ref - y) / n; the matching term's is as it is alone.
+
+    Fails if the weight is left out, or both are taken at one sample.
+    """
+    given, losses, players = with_pairs(), [], trio()
+    with players.turn("generator"):
+        for weight in (0.25, 0.0):
+            losses.append(DMD(guidance=2.0, regression_weight=weight).generator_loss(players, given, rng()))
+            losses[-1].total.backward()
+    noise, x0, cond = given.pair
+    error = 0.5 * noise + 0.1 + 0.1 * cond.tensors["prompt"][:, :, None, None] - x0
+    assert losses[0].grads.keys() == {"dm", "regression"} and losses[1].grads.keys() == {"dm"}
+    assert_close(losses[0].grads["regression"], 0.25 * 2 * error / error.numel())
+    assert_close(losses[0].grads["dm"], losses[1].grads["dm"], rtol=0, atol=0)
+
+
 def test_the_regression_is_still_where_the_generator_already_gives_the_pairs():
     given, players = with_pairs(), trio()
     noise, _, cond = given.pair
@@ -100,4 +117,4 @@ def test_lpips_compares_what_the_pairs_show():
     players.perception = Perception(lambda x: 3 * x, lambda a, b: (a - 2 * b).flatten(1).mean(1))
     noise, x0, cond = given.pair
     x = 0.5 * noise + 0.1 + 0.1 * cond.tensors["prompt"][:, :, None, None]
-    assert_close(method.regression(players, given), 3 * x.mean() - 6 * x0.mean())
+    assert_close(method.regression(players, given, {}), 3 * x.mean() - 6 * x0.mean())

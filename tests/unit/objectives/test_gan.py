@@ -227,6 +227,22 @@ def test_r1_compares_at_one_noise():
     assert ((shaken - real).abs() < 0.6 * (1 - t_real)[:, None] + 1e-6).all() and not torch.equal(real, shaken)
 
 
+def test_the_generators_loss_tells_the_gans_gradient_from_the_matching_terms():
+    """Twice the weight is twice the GAN's gradient and the same matching term's; at x, before the generator's weights.
+
+    Fails if the two are exchanged, or the GAN's is taken without its weight.
+    """
+    seen, players = {}, trio()
+    for weight in (0.5, 1.0):
+        with players.turn("generator"):
+            loss = DMD2(guidance=1.0, gan_weight=weight).generator_loss(players, batch(), rng())
+            loss.total.backward()
+        seen[weight] = loss.grads
+    assert seen[0.5]["gan"].shape == (6, 3) and seen[0.5]["gan"].abs().max() > 0
+    assert_close(seen[1.0]["gan"], 2 * seen[0.5]["gan"])
+    assert_close(seen[1.0]["dm"], seen[0.5]["dm"], rtol=0, atol=0)
+
+
 def test_the_gan_waits_for_its_start():
     """Off before gan_start; the generator follows the critic.  Fails with >= for both: a head that has never moved
     would judge first, as the generator's turn comes before the critic's."""

@@ -183,7 +183,7 @@ def test_two_backwards_give_the_gradient_of_one(recompute):
                 x = method.rollout(players, batch(), draws).x
                 total, _ = method.identity(players, x, batch().cond, draws)
             else:
-                total, _ = method.generator_loss(players, batch(), rng())
+                total = method.generator_loss(players, batch(), rng()).total
             (total / 4).backward()
         made.append((total.detach(), *gradients(players.generator)))
     assert_close(*made, rtol=1e-12, atol=1e-14)
@@ -314,7 +314,7 @@ def test_prompts_are_dropped_in_the_fake_scores_step_alone():
 def test_negative_guidance_leads_away_from_the_prompt():
     """Anti-CFG: k = -1 is 2 u - c."""
     players = trio()
-    _, metrics = SiD(guidance=1.0, fake_guidance=-1.0).generator_loss(players, batch(), rng())
+    metrics = SiD(guidance=1.0, fake_guidance=-1.0).generator_loss(players, batch(), rng()).metrics
     real, (x_t, _, prompt, _) = players.real_score.backbone, players.real_score.backbone.seen[0]
     fake = players.fake_score.backbone
     push = 0.1 * prompt[:, :, None, None]
@@ -450,6 +450,16 @@ def test_the_critics_gan_loss_by_hand():
     assert_close(found.metrics["gan/fake"], fake.mean().detach(), rtol=1e-6, atol=0)
 
 
+def test_the_identitys_gradient_is_told_from_the_gans():
+    """The identity's is what it is without a GAN.  Fails if it is taken for the whole, or the two are exchanged."""
+    with_gan, alone = (
+        method.generator_loss(judges(), with_real(), rng(iteration=1)).grads
+        for method in (ADVERSARIAL, SiD(guidance=1.0))
+    )
+    assert with_gan.keys() == {"sid", "gan"} and with_gan["gan"].abs().max() > 0
+    assert_close(with_gan["sid"], alone["sid"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", ["pooled", "learned"])
 def test_the_gans_turns_move_only_their_players(head):
     """The generator's gradient goes through the discriminator's weights and not into them; the critic's reaches the
@@ -521,7 +531,7 @@ def test_the_generator_does_not_follow_logits_beyond_ten(shift, loss):
     for method in (SiD(guidance=1.0), ADVERSARIAL):
         players = judges(shift=shift)
         with players.turn("generator"):
-            total, metrics = method.generator_loss(players, with_real(), rng(iteration=1))
+            total, metrics, _ = method.generator_loss(players, with_real(), rng(iteration=1))
             total.backward()
         made.append([p.grad for p in players.generator.parameters()])
     assert (metrics["gan"] / metrics["sid/weight"]).item() == pytest.approx(loss)

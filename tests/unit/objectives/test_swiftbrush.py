@@ -187,7 +187,13 @@ def clip_gradient(iteration=0, **settings):
         players.perception = Perception(lambda x: x, agreement=agreement)
         with players.turn("generator"):
             given = dataclasses.replace(batch(), prompts=tuple("abcdef"))
-            method.generator_loss(players, given, rng(iteration=iteration)).total.backward()
+            loss = method.generator_loss(players, given, rng(iteration=iteration))
+            loss.total.backward()
+        assert loss.grads.keys() == ({"vsd", "clip"} if method.clip_share(iteration) else {"vsd"})
+        if "clip" in loss.grads:  # the sum over a sample is what moves b
+            assert float(loss.grads["clip"].sum()) == pytest.approx(
+                float(players.generator.backbone.b.grad) - float(loss.grads["vsd"].sum()), abs=1e-6
+            )
         return float(players.generator.backbone.b.grad)
 
     method = SwiftBrush(guidance=2.0, clip_weight=0.5, **settings)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, VPTable, raw_of
-from fewstep.objectives.terms import denoising, distribution_matching
+from fewstep.objectives.terms import denoising, distribution_matching, shares, watched
 
 SCHEDULES = {"flow": RectifiedFlow(), "vp": VPTable.scaled_linear(), "edm": EDM()}
 SHAPE = (3, 2, 5, 3)
@@ -162,3 +162,32 @@ def test_denoising_is_finite_on_clean_data():
     x0, eps, error = samples()
     pred = Prediction(x0 + 1e-3 * error, x0, torch.zeros(3), "x0", RectifiedFlow())
     assert math.isfinite(denoising(pred, x0, eps).item())
+
+
+def test_each_terms_gradient_is_told_apart_and_none_is_changed():
+    """3 |x - p|^2 / 2 + c.x / 4, both times 8 as a loss scaler would: 24 (x - p) and 2 c; shares know of no 8.
+
+    Fails with a hook at x itself, where the sum arrives, with shares exchanged, of squares, or taken before backward.
+    """
+    x, p, c = samples()
+    x = x.requires_grad_()
+    grads: dict[str, torch.Tensor] = {}
+    first, second = watched(x, "first", grads), watched(x, "second", grads)
+    loss = 3 * (first - p).square().sum() / 2 + (c * second).sum() / 4
+    (8 * loss).backward()
+    assert_close(grads, {"first": (24 * (x - p)).detach(), "second": 2 * c})
+    assert_close(x.grad, 24 * (x - p).detach() + 2 * c)
+    a, b = (float(grad.norm()) for grad in grads.values())
+    found = {name: float(share) for name, share in shares(grads).items()}
+    assert found == pytest.approx({"grad/first": a / (a + b), "grad/second": b / (a + b)}, rel=1e-6)
+
+
+def test_terms_without_a_gradient_have_no_share():
+    """A single term has nothing to share with; what no gradient reaches counts 0, and two of that are not 0 / 0."""
+    x, still = samples()[0].requires_grad_(), samples()[1]
+    grads: dict[str, torch.Tensor] = {}
+    watched(x, "one", grads).sum().backward()
+    assert shares(grads) == {}
+    assert torch.equal(watched(still, "still", grads), still)
+    assert {name: float(share) for name, share in shares(grads).items()} == {"grad/one": 1, "grad/still": 0}
+    assert not any(shares({"a": torch.zeros(()), "b": torch.zeros(3)}).values())
