@@ -226,28 +226,31 @@ def evaluate(
 
     With --protocol: measure the student, or a folder of images, as published figures are.
     """
-    options = {"n": n, "seed": seed, "seeds": seeds, "which": which, "batch_size": batch_size, "console": console}
     with border():
         load_plugins(plugin)
-        options["which"] = _which(which)
         asked = {"reference": reference, "also": also, "weights": weights, "sha256": sha256, "clip": clip}
-        asked |= {"unverified": unverified or None, "prompts": prompts}
-        if protocol is not None:
-            if recompute_teacher or not untrained:
-                raise ValueError("--recompute-teacher and --no-untrained go without --protocol, which measures one set")
-            from fewstep.measuring import Request, measure, table
+        asked = _given(**asked, unverified=unverified or None, prompts=prompts)
+        if protocol is None and (without := _given(**asked, images=images, to=to)):
+            raise ValueError(f"--{next(iter(without))} goes with --protocol NAME; see `fewstep list protocols`")
+        if protocol is not None and (recompute_teacher or not untrained):
+            raise ValueError("--recompute-teacher and --no-untrained go without --protocol, which measures one set")
+        from fewstep.processes import processes
 
-            request = Request(protocol, device=device, **cast(Any, _given(**asked)))
-            shown = table(measure(run, request, images=images, to=to, **cast(Any, options)))
-        else:
-            without = _given(**asked, images=images, to=to)
-            if without:
-                raise ValueError(f"--{next(iter(without))} goes with --protocol NAME; see `fewstep list protocols`")
-            from fewstep.evaluation import evaluate_run
+        options: dict[str, Any] = {"seed": seed, "seeds": seeds, "which": _which(which), "batch_size": batch_size}
+        with processes(device) as group:
+            options |= {"console": console, "processes": group}
+            if protocol is not None:
+                from fewstep.measuring import Request, measure, table
 
-            options |= {"n": 10_000 if n is None else n, "recompute_teacher": recompute_teacher}
-            shown = evaluate_run(run, untrained=untrained, device=device, **cast(Any, options))
-    output.print(shown, highlight=False, markup=False, soft_wrap=True)
+                request = Request(protocol, device=device, **cast(Any, asked))
+                shown = table(measure(run, request, images=images, n=n, to=to, **options))
+            else:
+                from fewstep.evaluation import evaluate_run
+
+                options |= {"n": 10_000 if n is None else n, "recompute_teacher": recompute_teacher}
+                shown = evaluate_run(run, untrained=untrained, device=device, **options)
+    if group.main:
+        output.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -264,10 +267,13 @@ def reference(
     """Write what `fewstep eval --protocol` holds samples against: the moments of real images' features."""
     with border():
         from fewstep.measuring import Request, make_reference
+        from fewstep.processes import processes
 
         request = Request(protocol, weights=weights, sha256=sha256, unverified=unverified, device=device)
-        path = make_reference(folder, request, to, features=features, console=console)
-    output.print(str(path), highlight=False, soft_wrap=True)
+        with processes(device) as group:
+            path = make_reference(folder, request, to, features=features, console=console, processes=group)
+    if group.main:
+        output.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()

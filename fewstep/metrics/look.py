@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,11 +32,14 @@ COMPARING = frozenset({"kid", "manifold", "mmd"})
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pass over N pictures leaves: moments, features [N, D] float32, and cosines [N] with the prompts."""
+    """What one pass over N pictures leaves: features [N, D] float32, and cosines [N] with the prompts."""
 
-    moments: Moments
     features: Tensor
     cosines: Tensor | None = None
+
+    @cached_property
+    def moments(self) -> Moments:
+        return Moments.folded(self.features)
 
 
 def look(
@@ -51,18 +55,17 @@ def look(
     images: batches [B, C, H, W] uint8.  prompts: one per picture, where there is a scorer.  advance: is told how many
     more are done.  Raises ValueError for features that are not finite.
     """
-    moments, parts, cosines = Moments.empty(extractor.dim), [], []
+    start, parts, cosines = 0, [], []
     for batch in images:
         features = extractor(batch)
         if not bool(features.isfinite().all()):
             raise ValueError(f"{extractor.name} gives features that are not finite: its weights are damaged.")
-        start = moments.count
-        moments = moments.update(features)
         parts.append(features)
         if scorer is not None:
-            cosines.append(scorer.cosines(batch, prompts[start : moments.count]))
+            cosines.append(scorer.cosines(batch, prompts[start : start + len(batch)]))
+        start += len(batch)
         advance(len(batch))
-    return Seen(moments, torch.cat(parts), torch.cat(cosines) if cosines else None)
+    return Seen(torch.cat(parts), torch.cat(cosines) if cosines else None)
 
 
 def figures_of(

@@ -1,7 +1,6 @@
 """Two processes are one: the same gradients, the same step index, and they stop together."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +11,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from tests.invariants import gradients as script
-from tests.invariants.conftest import ENVIRONMENT, ROOT
+from tests.invariants.conftest import ENVIRONMENT, ROOT, free_port
 
 CONFIGS = ROOT / "configs" / "accelerate"
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
