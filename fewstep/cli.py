@@ -218,6 +218,7 @@ def evaluate(
     sha256: flags.Sha256 = None,
     unverified: flags.Unverified = False,
     clip: flags.Clip = None,
+    clip_sha256: flags.ClipSha256 = None,
     prompts: flags.ImagePrompts = None,
     to: Annotated[Path | None, typer.Option(help="JSON lines to add to; by default figures.jsonl in RUN.")] = None,
     plugin: flags.Plugin = None,
@@ -229,9 +230,12 @@ def evaluate(
     with border():
         load_plugins(plugin)
         asked = {"reference": reference, "also": also, "weights": weights, "sha256": sha256, "clip": clip}
+        asked |= {"clip_sha256": clip_sha256}
         asked = _given(**asked, unverified=unverified or None, prompts=prompts)
         if protocol is None and (without := _given(**asked, images=images, to=to)):
-            raise ValueError(f"--{next(iter(without))} goes with --protocol NAME; see `fewstep list protocols`")
+            raise ValueError(
+                f"--{next(iter(without)).replace('_', '-')} goes with --protocol NAME; see `fewstep list protocols`"
+            )
         if protocol is not None and (recompute_teacher or not untrained):
             raise ValueError("--recompute-teacher and --no-untrained go without --protocol, which measures one set")
         from fewstep.processes import processes

@@ -1,4 +1,4 @@
-"""Bugs of evaluations by several processes."""
+"""Bugs of evaluations: shares of several processes, and what a CLIP is shown."""
 
 from __future__ import annotations
 
@@ -34,5 +34,14 @@ MUTANTS = (
         "first + own.start, **options",
         "first, **options",
         (f"{TOGETHER}::test_a_run_has_the_figures_of_one_process",),
+    ),
+    Mutant(
+        "clip-sees-the-extractors-size",
+        "clip",
+        "the CLIP sees what is cropped and resized for the extractor",
+        "fewstep/metrics/look.py",
+        "scorer.cosines(views[-1],",
+        "scorer.cosines(views[0],",
+        ("tests/unit/metrics/test_look.py::test_a_scorer_may_be_shown_the_pictures_otherwise",),
     ),
 )
