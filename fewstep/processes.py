@@ -106,6 +106,14 @@ class Processes:
 ALONE = Processes()
 
 
+def processes_of_group() -> Processes:
+    """Those of torch's process group, as a training has it, whatever backend that is of; else this one alone."""
+    if not dist.is_initialized():
+        return ALONE
+    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Processes(dist.get_rank(), dist.get_world_size(), group)
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Those that `accelerate launch` or torchrun started, each on the GPU of its number; else this one alone.

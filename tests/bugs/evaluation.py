@@ -36,6 +36,15 @@ MUTANTS = (
         (f"{TOGETHER}::test_a_run_has_the_figures_of_one_process",),
     ),
     Mutant(
+        "same-noise-in-previews",
+        "processes",
+        "every process of a training makes the preview's first samples",
+        "fewstep/training/preview.py",
+        "asked, seed + share.start, batch_size",
+        "asked, seed, batch_size",
+        ("tests/invariants/test_two_ranks.py::test_two_processes_make_the_preview_of_one",),
+    ),
+    Mutant(
         "clip-sees-the-extractors-size",
         "clip",
         "the CLIP sees what is cropped and resized for the extractor",

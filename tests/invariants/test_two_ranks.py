@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.invariants import gradients as script
@@ -55,7 +56,7 @@ def test_two_gloo_ranks_give_the_gradient_of_one_process(num_steps: int, variant
 
 
 def test_signal_to_one_rank_stops_both_at_the_same_iteration(ranks: Path):
-    """The main process alone evaluates and finds a new best, the other alone gets SIGTERM: both save, both stop.
+    """The main process alone finds a new best, the other alone gets SIGTERM: both save, both stop.
 
     Fails by hanging when only the rank that knows goes into `save`: the other waits in the next all-reduce.
     """
@@ -63,6 +64,17 @@ def test_signal_to_one_rank_stops_both_at_the_same_iteration(ranks: Path):
     assert said[0] == said[1] and "stopped by signal 15" in said[0]
     names = sorted(path.name for path in (ranks / "checkpoints").iterdir())
     assert names == ["00000002", "00000005"]  # the best, which `keep` covers too, and the last
+
+
+def test_two_processes_make_the_preview_of_one(ranks: Path, tmp_path: Path):
+    """The figure's samples and both panels, by number; only the main process has them.
+
+    Mutations: every process makes all, or the samples from the first on.
+    """
+    main, other = (json.loads((ranks / f"preview.{rank}.json").read_text()) for rank in range(2))
+    assert main == script.previewed(tmp_path) and other == {}
+    one, two = (Image.open(folder / "previews" / "00000001.png") for folder in (tmp_path, ranks))
+    assert one.tobytes() == two.tobytes()
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_both(ranks: Path):
