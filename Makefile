@@ -14,7 +14,7 @@ PYTEST    := $(PY) -m pytest -q -n $(strip $(JOBS)) --dist worksteal
 # Beside the environment, not in it: torchvision's build must fit torch's and slows every import of diffusers, and
 # clean-fid calls scipy's sqrtm with an argument that 1.18 no longer takes.
 ORACLES   := clean-fid==0.1.35 torch-fidelity==0.4.0 torchvision==0.29.1 'scipy<1.18' torchmetrics==1.9.0 \
-             lightning-utilities==0.15.3
+             lightning-utilities==0.15.3 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
 OFFLINE   := not gpu and not network
 MARKS     ?= $(OFFLINE)
 
@@ -30,9 +30,9 @@ test: setup  ## the default tests: CPU, offline
 	$(PYTEST) $(ARGS)
 test-all: setup  ## the slow ones too
 	$(PYTEST) -m "$(MARKS)" $(ARGS)
-oracles: setup  ## the metrics against their libraries' own (with torchvision, 170 MB into build/oracles)
-	test -d build/oracles/torchmetrics || $(PY) -m pip install -q --no-deps --upgrade --target build/oracles $(ORACLES)
-	PYTHONPATH=build/oracles $(PY) -c "import cleanfid.fid, torch_fidelity.metric_fid"
+oracles: setup  ## the metrics against their libraries' own (with torchvision, 180 MB into build/oracles)
+	test -d build/oracles/wcwidth || $(PY) -m pip install -q --no-deps --upgrade --target build/oracles $(ORACLES)
+	PYTHONPATH=build/oracles $(PY) -c "import cleanfid.fid, torch_fidelity.metric_fid, open_clip"
 	PYTHONPATH=build/oracles $(PY) -m pytest -q tests/unit/metrics $(ARGS)
 mutants: setup  ## put known bugs in, one by one, and see that a test catches each
 	$(PY) -m tests.mutants $(ARGS)

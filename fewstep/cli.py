@@ -220,6 +220,7 @@ def evaluate(
     sha256: flags.Sha256 = None,
     unverified: flags.Unverified = False,
     clip: flags.Clip = None,
+    clip_sha256: flags.ClipSha256 = None,
     prompts: flags.ImagePrompts = None,
     score: flags.Score = None,
     python: flags.Python = None,
@@ -233,13 +234,12 @@ def evaluate(
     With --protocol: measure the student, or a folder of images, as published figures are.
     With --score: by a package that lives in another environment, which is asked there.
     """
-    given = {"n": n, "seed": seed, "seeds": seeds, "which": which, "batch_size": batch_size, "console": console}
     with border():
         load_plugins(plugin)
-        given["which"] = _which(which)
         asked = {"reference": reference, "also": also, "weights": weights, "sha256": sha256, "clip": clip}
-        asked |= {"unverified": unverified or None}
+        asked |= {"clip_sha256": clip_sha256, "unverified": unverified or None}
         scored = {"python": python, "option": options, "timeout": timeout}
+        placed = {"prompts": prompts, "images": images, "to": to}
         if (protocol or score) and (recompute_teacher or not untrained):
             raise ValueError(
                 "--recompute-teacher and --no-untrained go without --protocol and --score, which measure one set"
@@ -247,27 +247,37 @@ def evaluate(
         if score is not None:
             _without({"n": n, "seeds": None if seeds == 1 else seeds}, "without --score, which takes all prompts once")
             _without({"protocol": protocol, **asked}, "without --score; see `fewstep list scores`")
-            from fewstep import scoring
-
-            told = _given(python=python, timeout=timeout, prompts=prompts, options=_pairs(options))
-            del given["n"], given["seeds"]
-            request = scoring.Scoring(score, device=device, **told)
-            shown = scoring.table(scoring.score(run, request, images=images, to=to, **cast(Any, given)))
-        elif protocol is not None:
-            _without(scored, "with --score NAME; see `fewstep list scores`")
-            from fewstep.measuring import Request, measure, table
-
-            request = Request(protocol, device=device, **cast(Any, _given(**asked, prompts=prompts)))
-            shown = table(measure(run, request, images=images, to=to, **cast(Any, given)))
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError("--score asks another environment once; start one process, without accelerate launch")
         else:
             _without(scored, "with --score NAME; see `fewstep list scores`")
+        if protocol is None and score is None:
             _without(asked, "with --protocol NAME; see `fewstep list protocols`")
-            _without({"prompts": prompts, "images": images, "to": to}, "with --protocol NAME or --score NAME")
-            from fewstep.evaluation import evaluate_run
+            _without(placed, "with --protocol NAME or --score NAME")
+        from fewstep.processes import processes
 
-            given |= {"n": 10_000 if n is None else n, "recompute_teacher": recompute_teacher}
-            shown = evaluate_run(run, untrained=untrained, device=device, **cast(Any, given))
-    output.print(shown, highlight=False, markup=False, soft_wrap=True)
+        given: dict[str, Any] = {"seed": seed, "which": _which(which), "batch_size": batch_size, "console": console}
+        with processes(device) as group:
+            if score is not None:
+                from fewstep import scoring
+
+                told = _given(python=python, timeout=timeout, prompts=prompts, options=_pairs(options))
+                request = scoring.Scoring(score, device=device, **told)
+                shown = scoring.table(scoring.score(run, request, images=images, to=to, **given))
+            elif protocol is not None:
+                from fewstep.measuring import Request, measure, table
+
+                given |= {"n": n, "seeds": seeds, "processes": group}
+                request = Request(protocol, device=device, **cast(Any, _given(**asked, prompts=prompts)))
+                shown = table(measure(run, request, images=images, to=to, **given))
+            else:
+                from fewstep.evaluation import evaluate_run
+
+                given |= {"n": 10_000 if n is None else n, "seeds": seeds, "processes": group}
+                given |= {"recompute_teacher": recompute_teacher, "untrained": untrained}
+                shown = evaluate_run(run, device=device, **given)
+    if group.main:
+        output.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -284,10 +294,13 @@ def reference(
     """Write what `fewstep eval --protocol` holds samples against: the moments of real images' features."""
     with border():
         from fewstep.measuring import Request, make_reference
+        from fewstep.processes import processes
 
         request = Request(protocol, weights=weights, sha256=sha256, unverified=unverified, device=device)
-        path = make_reference(folder, request, to, features=features, console=console)
-    output.print(str(path), highlight=False, soft_wrap=True)
+        with processes(device) as group:
+            path = make_reference(folder, request, to, features=features, console=console, processes=group)
+    if group.main:
+        output.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -437,7 +450,7 @@ def _given(**values: Any) -> dict[str, Any]:
 def _without(flags: dict[str, Any], where: str) -> None:
     """Raises ValueError that names the first flag that was given although it has no effect."""
     if names := list(_given(**flags)):
-        raise ValueError(f"--{names[0]} goes {where}")
+        raise ValueError(f"--{names[0].replace('_', '-')} goes {where}")
 
 
 def _pairs(items: list[str] | None) -> dict[str, str]:

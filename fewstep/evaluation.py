@@ -18,7 +18,8 @@ from fewstep.environment import describe, device_of
 from fewstep.files import write_text
 from fewstep.metrics.names import cell, title
 from fewstep.metrics.suite import over_seeds
-from fewstep.sampling import Student, check_count, cycled, sample_teacher
+from fewstep.processes import ALONE, Processes
+from fewstep.sampling import Student, at_a_time, check_count, cycled, sample_teacher
 from fewstep.students import load_student, untrained_student
 from fewstep.teachers.base import Evaluation
 
@@ -53,16 +54,18 @@ def evaluate_run(
     device: str = "auto",
     batch_size: int | None = None,
     console: Console | None = None,
+    processes: Processes = ALONE,
 ) -> str:
     """Measure and write eval.md, eval.csv and eval.json into the run folder.  Returns the markdown table.
 
     Rows: the teacher (its stored figures unless `recompute_teacher`), the student before training (unless told not to,
     which saves half of the time), the student, each at the student's own step count.  seeds: sets of n samples,
     numbered on from each other; more than one gives means and deviations.  device, batch_size: where images are made,
-    and how many at a time, by default by their size.
+    and how many at a time, by default by their size.  processes: which make the images together; the main one measures
+    and writes.
     Raises ValueError if this teacher has no way to be judged.
     """
-    console = console or Console(stderr=True)
+    console = processes.console(console)
     student = load_student(run, which=which, device=device)
     teacher, steps = student.teacher, student.sampler.num_steps
     judge = teacher.evaluation
@@ -71,13 +74,21 @@ def evaluate_run(
     check_count("n", n)
     check_count("seeds", seeds)
     prompts, measure = cycled(teacher.prompts, 0, n), judge.full or judge.measure
+    batch = at_a_time(teacher.shape) if batch_size is None else batch_size
+    check_count("batch_size", batch)
 
     def measured(name: str, steps: int, make: Callable[..., Tensor], guidance: float | None = None) -> Row:
         figures = []
-        with bar(f"{name}, {steps} step{'s' * (steps > 1)}", n * seeds, console) as done:
+        what, total = f"{name}, {steps} step{'s' * (steps > 1)}", len(processes.share(n, batch)) * seeds
+        with bar(what, total, console) as done:
             for first in range(seed, seed + n * seeds, n):
-                images = make(n, seed=first, num_steps=steps, batch_size=batch_size, progress=done)
-                figures.append(measure(images, prompts))
+
+                def images(own: range, first: int = first) -> tuple[Tensor]:
+                    own_prompts = prompts[own.start : own.stop]
+                    options = {"num_steps": steps, "batch_size": batch, "progress": done}
+                    return (make(len(own), own_prompts, first + own.start, **options),)
+
+                figures.append(processes.on_main(measure, *processes.gather(n, batch, images), prompts))
         mean, spread = over_seeds(figures) if seeds > 1 else (figures[0], None)
         return Row(name, steps, n, seed, mean, guidance, seeds=seeds, spread=spread)
 
@@ -86,15 +97,16 @@ def evaluate_run(
         rows = [_stored(best)]
     else:
 
-        def of_teacher(n: int, **options: Any) -> Tensor:
-            return sample_teacher(teacher.to(device_of(device)), n, **options)
+        def of_teacher(*asked: Any, **options: Any) -> Tensor:
+            return sample_teacher(teacher.to(device_of(device)), *asked, **options)
 
         rows = [measured("teacher", 50, of_teacher, teacher.guidance)]
     if untrained:
         before = untrained_student(run, teacher=teacher, device=device)
         rows.append(measured("untrained student", steps, before.sample))
     rows.append(measured("student", steps, student.sample))
-    _write(run, rows, student, which, judge.protocol_hash)
+    if processes.main:
+        _write(run, rows, student, which, judge.protocol_hash)
     return markdown(rows)
 
 

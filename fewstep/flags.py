@@ -97,7 +97,11 @@ Sha256 = Annotated[Text, typer.Option("--sha256", help="Of the extractor's weigh
 Unverified = Annotated[
     bool, typer.Option("--unverified", help="Take weights of another hash; their figures are named so.")
 ]
-Clip = Annotated[Path | None, typer.Option(help="CLIPModel folder, for a CLIP score beside the protocol's figures.")]
+Clip = Annotated[
+    Path | None,
+    typer.Option(help="CLIPModel folder for a CLIP score, too; open_clip's for dmd2-coco30k and dmd2-sdxl-coco10k."),
+]
+ClipSha256 = Annotated[Text, typer.Option("--clip-sha256", help="Of open_clip's weights, as their publisher gives it.")]
 ImagePrompts = Annotated[
     Path | None,
     typer.Option(help="Prompts of the images, line i of image i by name; or those to sample with; or a benchmark's."),

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from fewstep.bar import bar
 from fewstep.environment import describe, device_of
-from fewstep.metrics.clip_score import ClipScorer, read_clip
+from fewstep.metrics.clip_score import read_clip
 from fewstep.metrics.extractors import Extractor, load_extractor
 from fewstep.metrics.features import FASHION_CLASSIFIER, load_reference, quantise
 from fewstep.metrics.frechet import Moments
 from fewstep.metrics.image_folder import batches, check_sizes, image_files, prepared_tensor
-from fewstep.metrics.look import COMPARING, SETTINGS, figures_of, look
-from fewstep.metrics.protocols import ALSO, Protocol, find_protocol
+from fewstep.metrics.look import COMPARING, SETTINGS, Scorer, Seen, figures_of, look
+from fewstep.metrics.open_clip_score import check_open_clip, read_open_clip
+from fewstep.metrics.protocols import ALSO, DMD2_CLIP, Protocol, clip_view, find_protocol
 from fewstep.metrics.reference import (
     Gaussian,
     Reference,
@@ -36,13 +37,16 @@ from fewstep.metrics.reference import (
     write_reference,
 )
 from fewstep.metrics.suite import FEATURES_FILE, SUBSET_SIZE
+from fewstep.processes import ALONE, Processes
 from fewstep.sampling import Student, check_count, cycled
 from fewstep.students import load_student
 from fewstep.training.checkpoint import CONFIG
 
 BATCH = 50
-"""Pictures that the extractor sees at a time; no figure depends on it."""
+"""Pictures that the extractor sees at a time, and that a process makes or reads at least."""
 FILE = "figures.jsonl"
+Pictures = Callable[[range], Iterator[tuple[Tensor, ...]]]
+"""Of a range of indices, a batch at a time: [B, C, H, W] uint8, twice where a CLIP is shown them otherwise."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class Request:
     """What to measure by, before the pictures are named.
 
     protocol: its name.  reference: an npz file or a folder of real images.  also: of `protocols.ALSO`.  weights,
-    sha256, unverified: as in `extractors.load_extractor`.  clip: a CLIPModel folder for a CLIP score.  prompts: a file,
-    image i's prompt its line i in the order of the files' names.
+    sha256, unverified: as in `extractors.load_extractor`.  clip: a folder for a CLIP score, open_clip's for
+    `protocols.DMD2_CLIP` and else a CLIPModel.  clip_sha256: of open_clip's weights.  prompts: a file, image i's prompt
+    its line i in the order of the files' names.
     """
 
     protocol: str
@@ -61,6 +66,7 @@ class Request:
     sha256: str | None = None
     unverified: bool = False
     clip: Path | None = None
+    clip_sha256: str | None = None
     prompts: Path | None = None
     device: str = "auto"
 
@@ -76,6 +82,12 @@ class Request:
             device=device_of(self.device),
         )
 
+    def scorer(self) -> Scorer | None:
+        """The protocol's CLIP, if one was given."""
+        if self.clip is None or self.protocol not in DMD2_CLIP:
+            return None if self.clip is None else read_clip(self.clip)
+        return read_open_clip(self.clip, sha256=self.clip_sha256, device=device_of(self.device))
+
 
 def measure(
     target: Path,
@@ -89,15 +101,17 @@ def measure(
     batch_size: int | None = None,
     to: Path | None = None,
     console: Console | None = None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Measure, append a line to a file, and return what was written, one record for each set of samples.
 
     target: a run folder, whose student makes the pictures, or a folder of images.  images: of a run, made elsewhere.
     n: of a student's samples, by default the protocol's count; fewer rename the figures.  seed, seeds: sample i of set
-    k has the noise numbered seed + k n + i.  to: by default figures.jsonl in the target.
+    k has the noise numbered seed + k n + i.  to: by default figures.jsonl in the target.  processes: which look at the
+    pictures together, each at its share; the main one writes.
     Raises ValueError, LookupError or OSError for what cannot be measured, before any weights are read where possible.
     """
-    console = console or Console(stderr=True)
+    console = processes.console(console)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     protocol = find_protocol(request.protocol)
     _check_asked(target, request)
@@ -119,40 +133,73 @@ def measure(
         say(f"{count} images for {extractor.dim} features: the covariance is singular, the distance biased upwards")
     if reference is None:
         assert request.reference is not None
-        reference = _made(request.reference, protocol, extractor, console)
+        reference = _made(request.reference, protocol, extractor, console, processes)
     check_extractor(reference, extractor, name)
-    scorer = None if request.clip is None else read_clip(request.clip)
+    scorer = request.scorer()
+    views = tuple(dict.fromkeys((protocol, protocol if scorer is None else clip_view(protocol))))
     record = _described(
         protocol, request, extractor, scorer, {"file": name, "sha256": reference.sha256, "n": reference.whole.n}
     )
     if files is not None:
-        pictures = batches(files, protocol, extractor.channels, BATCH)
-        sets = iter([({"images": str(images or target)}, pictures, prompts)])
+        sets = iter([({"images": str(images or target)}, _of_files(files, views, extractor.channels), prompts)])
     else:
         student = load_student(target, which=which, device=request.device)
         firsts = range(seed, seed + count * seeds, count)
-        sets = _samples(student, protocol, extractor.channels, prompts, firsts, batch_size)
+        sets = _samples(student, views, extractor.channels, prompts, firsts, batch_size)
     groups = [path.parent.name for path in files or () if protocol.categories]
     records = []
     for told, pictures, texts in sets:
-        with bar(protocol.name, count, console) as done:
-            seen = look(extractor, pictures, scorer=scorer, prompts=texts, advance=done)
-        figures = figures_of(seen, protocol, extractor, reference, request.also, groups)
+        seen = _seen(extractor, count, pictures, processes, console, protocol.name, scorer, texts)
+        figures = processes.on_main(figures_of, seen, protocol, extractor, reference, request.also, groups, scorer)
         records.append(record | told | {"n": count, "figures": figures})
-        append(to or target / FILE, records[-1])
+        if processes.main:
+            append(to or target / FILE, records[-1])
     return records
 
 
+def _of_files(files: Sequence[Path], views: Sequence[Protocol], channels: int) -> Pictures:
+    """Each view reads the files by itself; there are two only where a CLIP is shown another size."""
+
+    def pictures(own: range) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(batches(files[own.start : own.stop], view, channels, BATCH) for view in views))
+
+    return pictures
+
+
+def _seen(
+    extractor: Extractor,
+    n: int,
+    pictures: Pictures,
+    processes: Processes,
+    console: Console | None,
+    what: str,
+    scorer: Scorer | None = None,
+    prompts: Sequence[str] = (),
+) -> Seen:
+    """What all processes saw in n pictures, in order, on the main one."""
+
+    def own_rows(own: range) -> tuple[Tensor, ...]:
+        with bar(what, len(own), console) as done:
+            seen = look(extractor, pictures(own), scorer=scorer, prompts=prompts[own.start : own.stop], advance=done)
+        return (seen.features,) if seen.cosines is None else (seen.features, seen.cosines)
+
+    return Seen(*processes.gather(n, BATCH, own_rows))
+
+
 def _check_asked(target: Path, request: Request) -> None:
-    """Raises LookupError for figures that there are not, FileNotFoundError for no folder."""
+    """Raises LookupError for figures that there are not, OSError for missing folders, ValueError for a stray flag."""
     if unknown := set(request.also) - set(ALSO):
         raise LookupError(f"no figure named {', '.join(sorted(unknown))}; --also takes {', '.join(ALSO)}")
+    if request.clip_sha256 is not None and (request.clip is None or request.protocol not in DMD2_CLIP):
+        raise ValueError(f"--clip-sha256 goes with --clip FOLDER and {' or '.join(sorted(DMD2_CLIP))}; leave it out")
+    if request.clip is not None and request.protocol in DMD2_CLIP:
+        check_open_clip(request.clip)
     if not target.is_dir():
         raise FileNotFoundError(f"no run or folder of images at {target}")
 
 
 def _described(
-    protocol: Protocol, request: Request, extractor: Extractor, scorer: ClipScorer | None, reference: dict[str, Any]
+    protocol: Protocol, request: Request, extractor: Extractor, scorer: Scorer | None, reference: dict[str, Any]
 ) -> dict[str, Any]:
     """What every record of a measurement says besides its figures."""
     return {
@@ -167,7 +214,13 @@ def _described(
 
 
 def make_reference(
-    folder: Path, request: Request, to: Path, *, features: bool = False, console: Console | None = None
+    folder: Path,
+    request: Request,
+    to: Path,
+    *,
+    features: bool = False,
+    console: Console | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Moments of a folder of real images as an npz file, and their features if wanted.  Returns the path."""
     protocol = find_protocol(request.protocol)
@@ -176,8 +229,9 @@ def make_reference(
     if to.exists():
         raise FileExistsError(f"{to} exists; choose another --to")
     check_sizes(image_files(folder, protocol), protocol)
-    made = _made(folder, protocol, request.extractor(), console)
-    write_reference(made if features else Reference(made.whole, made.parts, meta=made.meta), to)
+    made = _made(folder, protocol, request.extractor(), processes.console(console), processes)
+    if processes.main:
+        write_reference(made if features else Reference(made.whole, made.parts, meta=made.meta), to)
     return to
 
 
@@ -262,11 +316,19 @@ def _given_reference(request: Request, protocol: Protocol, comparing: Set[str]) 
     return reference, str(path)
 
 
-def _made(folder: Path, protocol: Protocol, extractor: Extractor, console: Console | None) -> Reference:
+def _made(
+    folder: Path, protocol: Protocol, extractor: Extractor, console: Console | None, processes: Processes
+) -> Reference:
     files = image_files(folder, protocol)
     check_enough(len(files), extractor.dim, protocol, str(folder))
-    with bar(f"reference {folder}", len(files), console) as done:
-        seen = look(extractor, batches(files, protocol, extractor.channels, BATCH), advance=done)
+    pictures = _of_files(files, [protocol], extractor.channels)
+    seen = _seen(extractor, len(files), pictures, processes, console, f"reference {folder}")
+    return processes.on_main(_reference_of, seen, files, folder, protocol, extractor)
+
+
+def _reference_of(
+    seen: Seen, files: Sequence[Path], folder: Path, protocol: Protocol, extractor: Extractor
+) -> Reference:
     parts = {}
     for name in protocol.categories:
         rows = [i for i, path in enumerate(files) if path.parent.name == name]
@@ -277,26 +339,26 @@ def _made(folder: Path, protocol: Protocol, extractor: Extractor, console: Conso
 
 def _samples(
     student: Student,
-    protocol: Protocol,
+    views: Sequence[Protocol],
     channels: int,
     prompts: Sequence[str],
     firsts: range,
     batch_size: int | None,
-) -> Iterator[tuple[dict[str, Any], Iterator[Tensor], Sequence[str]]]:
+) -> Iterator[tuple[dict[str, Any], Pictures, Sequence[str]]]:
     """Sets of a student's samples, one for each first seed: what they are, the pictures, their prompts."""
     n = firsts.step
     texts = cycled(prompts or student.teacher.prompts, 0, n)
 
-    def pictures(seed: int) -> Iterator[Tensor]:
+    def pictures(seed: int, own: range) -> Iterator[tuple[Tensor, ...]]:
         """A batch at a time: 30,000 of 1024 pixels would fit no memory."""
-        for start in range(0, n, BATCH):
-            own = texts[start : start + BATCH]
-            images = student.sample(len(own), own, seed + start, batch_size=batch_size)
-            yield prepared_tensor(quantise(images), protocol, channels)
+        for start in own[::BATCH]:
+            prompts = texts[start : min(start + BATCH, own.stop)]
+            images = quantise(student.sample(len(prompts), prompts, seed + start, batch_size=batch_size))
+            yield tuple(prepared_tensor(images, view, channels) for view in views)
 
     told = {"iteration": student.iteration, "steps": student.sampler.num_steps}
     for seed in firsts:
-        yield told | {"seed": seed}, pictures(seed), texts
+        yield told | {"seed": seed}, partial(pictures, seed), texts
 
 
 def append(file: Path, record: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,23 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers of what a processor resizes with, as torch calls it."""
 
 
+class Scorer(Protocol):
+    """A CLIP.  figure, factor: what `factor` times its mean cosine is called.  protocol: what fixes its scores."""
+
+    @property
+    def figure(self) -> str: ...
+
+    @property
+    def factor(self) -> float: ...
+
+    @property
+    def protocol(self) -> dict[str, Any]: ...
+
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[N, C, H, W] uint8 and N prompts -> [N] float64, on the CPU."""
+        ...
+
+
 @dataclass(frozen=True)
 class ClipScorer:
     """A CLIPModel in eval mode with its tokenizer, its image processor, and what fixes its scores (`protocol`)."""
@@ -30,6 +47,8 @@ class ClipScorer:
     tokenizer: Any
     processor: Any
     protocol: dict[str, Any]
+    figure: str = "clip_score"
+    factor: float = 100.0
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:

@@ -86,7 +86,11 @@ def load_reference(folder: Path = FASHION_CLASSIFIER) -> Moments:
 
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:  # a block at a time: some have gigabytes
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

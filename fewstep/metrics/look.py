@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fewstep.metrics.clip_score import ClipScorer
+from fewstep.metrics.clip_score import Scorer
 from fewstep.metrics.extractors import Extractor
 from fewstep.metrics.frechet import Moments, frechet_distance
 from fewstep.metrics.inception import inception_score
@@ -31,38 +32,41 @@ COMPARING = frozenset({"kid", "manifold", "mmd"})
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pass over N pictures leaves: moments, features [N, D] float32, and cosines [N] with the prompts."""
+    """What one pass over N pictures leaves: features [N, D] float32, and cosines [N] with the prompts."""
 
-    moments: Moments
     features: Tensor
     cosines: Tensor | None = None
+
+    @cached_property
+    def moments(self) -> Moments:
+        return Moments.folded(self.features)
 
 
 def look(
     extractor: Extractor,
-    images: Iterable[Tensor],
+    images: Iterable[tuple[Tensor, ...]],
     *,
-    scorer: ClipScorer | None = None,
+    scorer: Scorer | None = None,
     prompts: Sequence[str] = (),
     advance: Callable[[int], object] = int,
 ) -> Seen:
     """Let every picture go once through each network.
 
-    images: batches [B, C, H, W] uint8.  prompts: one per picture, where there is a scorer.  advance: is told how many
-    more are done.  Raises ValueError for features that are not finite.
+    images: batches [B, C, H, W] uint8, as the extractor and, if otherwise, as the scorer is shown them.  prompts: one
+    per picture, where there is a scorer.  advance: is told how many more are done.  Raises ValueError for features that
+    are not finite.
     """
-    moments, parts, cosines = Moments.empty(extractor.dim), [], []
-    for batch in images:
-        features = extractor(batch)
+    start, parts, cosines = 0, [], []
+    for views in images:
+        features = extractor(views[0])
         if not bool(features.isfinite().all()):
             raise ValueError(f"{extractor.name} gives features that are not finite: its weights are damaged.")
-        start = moments.count
-        moments = moments.update(features)
         parts.append(features)
         if scorer is not None:
-            cosines.append(scorer.cosines(batch, prompts[start : moments.count]))
-        advance(len(batch))
-    return Seen(moments, torch.cat(parts), torch.cat(cosines) if cosines else None)
+            cosines.append(scorer.cosines(views[-1], prompts[start : start + len(features)]))
+        start += len(features)
+        advance(len(features))
+    return Seen(torch.cat(parts), torch.cat(cosines) if cosines else None)
 
 
 def figures_of(
@@ -72,12 +76,13 @@ def figures_of(
     reference: Reference,
     also: Sequence[str] = (),
     groups: Sequence[str] = (),
+    scorer: Scorer | None = None,
 ) -> dict[str, float]:
     """All figures of pictures that were looked at, by what they may be called.
 
     also: of `protocols.ALSO`.  groups: each picture's category, for the Frechet distance of each that the reference
-    has.  Raises ValueError for an Inception score without classes, and where features are to be compared and the
-    reference has none.
+    has.  scorer: whose cosines there are.  Raises ValueError for an Inception score without classes, and where features
+    are to be compared and the reference has none.
     """
     n, found = len(seen.features), dict[str, float]()
     wanted = {*protocol.figures, *also}
@@ -92,9 +97,11 @@ def figures_of(
         found["inception_score"] = inception_score(seen.features, extractor.head, splits=SPLITS)[0]
     if comparing := COMPARING & wanted:
         found |= _compared(seen.features, reference.features, comparing)
-    if seen.cosines is not None:
-        found["clip_score"] = 100 * float(seen.cosines.mean())
-    return {_name(figure, protocol, n, extractor.verified): value for figure, value in found.items()}
+    figures = {_name(figure, protocol, n, extractor.verified): value for figure, value in found.items()}
+    if scorer is not None and seen.cosines is not None:  # of a network of its own: only the count can rename it
+        name = scorer.figure if n == protocol.count else f"{scorer.figure}@{n}"
+        figures[name] = scorer.factor * float(seen.cosines.mean())
+    return figures
 
 
 def _compared(fake: Tensor, real: Tensor | None, wanted: Set[str]) -> dict[str, float]:
@@ -114,10 +121,7 @@ def _compared(fake: Tensor, real: Tensor | None, wanted: Set[str]) -> dict[str, 
 
 
 def _name(figure: str, protocol: Protocol, n: int, verified: bool) -> str:
-    """The CLIP score is of another network: only its count can rename it."""
     plain, _, category = figure.partition("/")
-    if plain == "clip_score":
-        return plain if n == protocol.count else f"{plain}@{n}"
     name = figure_name(plain, protocol, n, verified=verified)
     return f"{name} {category}" if category else name
 

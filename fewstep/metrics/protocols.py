@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Crop = Literal["none", "square", "square-floor", "patch"]
@@ -162,6 +162,8 @@ _TABLE = (
     ),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _TABLE}
+DMD2_CLIP = frozenset({"dmd2-coco30k", "dmd2-sdxl-coco10k"})
+"""Protocols whose tables have a CLIP score of their own, see `open_clip_score`."""
 
 _TITLES = {
     ("inception", "frechet"): "FID",
@@ -181,6 +183,13 @@ def find_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise LookupError(f"no protocol named {name!r}; known: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
+
+
+def clip_view(protocol: Protocol) -> Protocol:
+    """As what a CLIP is shown the pictures: those of `DMD2_CLIP` have one size for it, whatever the extractor's."""
+    if protocol.name not in DMD2_CLIP:
+        return protocol
+    return replace(protocol, crop="square", size=256, filter="lanczos")
 
 
 def figure_name(figure: str, protocol: Protocol, n: int, *, verified: bool) -> str:

@@ -26,6 +26,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.perception import Perception
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import student_of
+from fewstep.processes import processes_of_group
 from fewstep.rng import Rng, key
 from fewstep.students import load_student
 from fewstep.teachers.base import Teacher
@@ -121,7 +122,7 @@ def prepare(
         config.objective.sampler,
         samples,
         console=console,
-        writes=accelerator.is_main_process,
+        processes=processes_of_group(),
     )
     teacher.release(keep=monitor.prompts())
     if start is None and "jvp" in config.objective.needs:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -15,7 +16,8 @@ from fewstep import pictures
 from fewstep.bar import bar
 from fewstep.models.denoiser import Denoiser
 from fewstep.objectives.rollout import StudentSampler
-from fewstep.sampling import Advance, Student, cycled, sample_teacher
+from fewstep.processes import ALONE, Processes
+from fewstep.sampling import Advance, Student, at_a_time, cycled, sample_teacher
 from fewstep.teachers.base import Teacher
 
 PREVIEW_SEED = 1_000_003
@@ -30,7 +32,7 @@ LATENTS = 2**20
 class Preview:
     """The trainer's monitor.
 
-    writes: whether this process keeps the pictures; several make the same ones where each holds a part of the networks.
+    processes: which make the images together, each its share; the main one keeps the pictures and has the figures.
     samples: images behind the running figure, which is labelled with their number ("fmd@1000") because a Frechet
     distance from so few samples is higher than the final one.
 
@@ -43,32 +45,32 @@ class Preview:
     samples: int = 1000
     teacher_steps: int = 50
     console: Console | None = None
-    writes: bool = True
+    processes: Processes = ALONE
     _teacher_panel: Tensor | None = field(default=None, repr=False)
 
     def evaluate(self, student: Denoiser, iteration: int) -> dict[str, float]:
         """Write <out>/previews/<iteration>.png and give the running figures; "rank" orders checkpoints.
 
-        Neither where it does not write.
+        Neither on processes other than the main one.
         """
         maker = Student(student, self.teacher, self.sampler)
         prompts, per_prompt = self._grid()
         rows = [p for p in prompts for _ in range(per_prompt)]
         count = len(rows) if len(self.teacher.shape) >= 3 else 1000
-        total = count * (1 + (self._teacher_panel is None)) + (self.samples if self.teacher.evaluation else 0)
+        total = self._own(count) * (1 + (self._teacher_panel is None))
+        total += self._own(self.samples) if self.teacher.evaluation else 0
         what = f"iteration {iteration}: images for the preview and its figure"
         with bar(what, total, self.console, lines=True) as done:
             if self._teacher_panel is None:
-                self._teacher_panel = sample_teacher(
-                    self.teacher, count, rows, PREVIEW_SEED, num_steps=self.teacher_steps, progress=done
-                )
+                of_teacher = partial(sample_teacher, self.teacher, num_steps=self.teacher_steps)
+                self._teacher_panel = self._made(of_teacher, count, rows, PREVIEW_SEED, done)
             steps = f"{self.sampler.num_steps} step{'s' * (self.sampler.num_steps > 1)}"
             panels = [
                 (f"teacher, {self.teacher_steps} steps", self._teacher_panel),
-                (f"student, {steps}", maker.sample(count, rows, PREVIEW_SEED, progress=done)),
+                (f"student, {steps}", self._made(maker.sample, count, rows, PREVIEW_SEED, done)),
             ]
             judged = self._judged(maker, done)
-        if not self.writes:
+        if not self.processes.main:
             return {}
         # No network is called from here on: an error of one process would leave the others waiting in theirs.
         pictures.save(titled_grid(panels, prompts, per_prompt), self.out / "previews" / f"{iteration:08d}.png")
@@ -89,7 +91,23 @@ class Preview:
         """The images behind the figures, if there are any."""
         if self.teacher.evaluation is None:
             return None
-        return maker.sample(self.samples, seed=PREVIEW_SEED + 10_000, progress=progress)
+        return self._made(maker.sample, self.samples, self.teacher.prompts, PREVIEW_SEED + 10_000, progress)
+
+    def _made(
+        self, make: Callable[..., Tensor], n: int, prompts: Sequence[str], seed: int, progress: Advance
+    ) -> Tensor:
+        """n images of all processes, whole on the main one.  All call a network as often, as one in parts needs."""
+        batch = at_a_time(self.teacher.shape)
+
+        def own(share: range) -> tuple[Tensor]:
+            asked = cycled(prompts, share.start, share.stop)
+            return (make(len(share), asked, seed + share.start, batch_size=batch, progress=progress),)
+
+        return self.processes.gather(n, batch, own)[0]
+
+    def _own(self, n: int) -> int:
+        """How many of n images this process makes."""
+        return len(self.processes.share(n, at_a_time(self.teacher.shape)))
 
     def _figures(self, images: Tensor | None) -> dict[str, float]:
         judge = self.teacher.evaluation

@@ -39,17 +39,17 @@ __all__ = ["Diverged", "Interrupted", "Monitor", "Progress", "Trainer"]
 
 
 class Monitor(Protocol):
-    """Judges the averaged student at a cadence: pictures and a cheap figure."""
+    """Judges the averaged student at a cadence, on all processes: pictures and a cheap figure."""
 
     def evaluate(self, student: Denoiser, iteration: int) -> dict[str, float]:
-        """Figures to log; "rank", if present, orders checkpoints (lower is better)."""
+        """Figures to log, the main process's; "rank", if present, orders checkpoints (lower is better)."""
         ...
 
 
 class Trainer:
     """Trains a trio on an objective.
 
-    out: the run folder.  monitor: judges the student every `evaluate_every` iterations, on the main process.
+    out: the run folder.  monitor: judges the student every `evaluate_every` iterations.
     """
 
     rng: ClassVar[type[Rng]] = Rng
@@ -246,7 +246,7 @@ class Trainer:
             self.tracker.log(done, row, images=done * self.config.batch_size)
 
     def _evaluate(self, done: int) -> bool:
-        """Judge the averaged student on the main process; True on all if it is the best so far.  On errors, save."""
+        """Judge the averaged student; True on all processes if it is the best so far.  On errors, save."""
         improved, failed = False, True
         try:
             with parallel.failing_together("the evaluation", self.accelerator):
@@ -259,7 +259,7 @@ class Trainer:
 
     def _judge(self, done: int) -> bool:
         main = self.accelerator.is_main_process
-        if self.monitor is None or not (main or self.sharded):  # all must call a sharded network
+        if self.monitor is None:
             return False
         student = self.ema.denoiser
         training = student.training  # without an average, it is the generator itself

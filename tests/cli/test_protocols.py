@@ -281,7 +281,9 @@ def test_a_protocol_without_a_reference_says_what_it_needs(cli, stage):
     check_refused(cli("eval", stage[0], *EDM), "needs --reference", "moments of the whole training set")
 
 
-@pytest.mark.parametrize("flag", ["--reference", "--images", "--also", "--sha256", "--clip", "--prompts", "--to"])
+@pytest.mark.parametrize(
+    "flag", ["--reference", "--images", "--also", "--sha256", "--clip", "--clip-sha256", "--prompts", "--to"]
+)
 def test_flags_of_a_protocol_need_one(cli, toy_run, flag):
     """Mutation: a setting without effect is taken."""
     check_refused(cli("eval", toy_run, flag, "x"), f"{flag} goes with --protocol NAME")

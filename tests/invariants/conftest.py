@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ LINE = """--teacher mixture --method dmd2 --num-steps 2 --iterations 40 --batch-
 SETTINGS = LINE.split()
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @dataclass
 class Finished:
     code: int
@@ -46,16 +53,23 @@ class CommandLine:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *argv: str, fault: dict[str, Any] | None = None) -> tuple[int, Path]:
+    def start(self, *argv: str, fault: dict[str, Any] | None = None, **environment: str) -> tuple[int, Path]:
         """A process that runs `fewstep ARGV`, and the file that its output goes to."""
         self.count += 1
         log = self.logs / f"{self.count}.log"
-        return self.ask({"argv": list(argv), "log": str(log), "fault": fault}), log
+        request = {"argv": list(argv), "log": str(log), "fault": fault, "environment": environment}
+        return self.ask(request), log
 
     def run(self, *argv: str, fault: dict[str, Any] | None = None) -> Finished:
         """Run `fewstep ARGV` to its end."""
         pid, log = self.start(*argv, fault=fault)
         return self.wait(pid, log)
+
+    def together(self, count: int, *argv: str) -> list[Finished]:
+        """Run `fewstep ARGV` in several processes that know of each other, as `accelerate launch` starts them."""
+        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        started = [self.start(*argv, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
+        return [self.wait(pid, log) for pid, log in started]
 
     def wait(self, pid: int, log: Path) -> Finished:
         code = self.ask({"wait": pid})

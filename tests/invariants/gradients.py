@@ -16,10 +16,12 @@ from fewstep.models.adapters import LoRA
 from fewstep.models.trio import Trio
 from fewstep.objectives.base import Turns
 from fewstep.objectives.dmd2 import DMD2
+from fewstep.processes import processes_of_group
 from fewstep.teachers import mixture
 from fewstep.training.data import PromptData
 from fewstep.training.options import TrainConfig
 from fewstep.training.parallel import average_gradients
+from fewstep.training.preview import Preview
 from fewstep.training.progress import Interrupted
 from fewstep.training.reals import RealData
 from fewstep.training.trainer import Trainer
@@ -147,6 +149,14 @@ def failed(out: Path) -> str:
     return "saved"
 
 
+def previewed(out: Path) -> dict[str, float]:
+    """The figures of a student that has learned nothing, from more samples than are made at a time."""
+    trainer, _ = make(Trainer, out, 2)
+    teacher = mixture(MEANS, COVS, classes=[0, 1], fit_steps=0)
+    group, sampler = processes_of_group(), trainer.objective.sampler
+    return Preview(teacher, out, sampler, 700, 2, processes=group).evaluate(trainer.trio.generator.float(), 1)
+
+
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     for n, kind in CASES:
@@ -154,4 +164,5 @@ if __name__ == "__main__":
         torch.save((seen, step_indices), folder / f"gradients-{kind}{n}.{rank}.pt")
     (folder / f"stopped.{rank}.json").write_text(json.dumps(stopped(folder)))
     (folder / f"failed.{rank}.json").write_text(json.dumps(failed(folder)))
+    (folder / f"preview.{rank}.json").write_text(json.dumps(previewed(folder)))
     torch.distributed.destroy_process_group()

@@ -15,8 +15,7 @@ from torch import Tensor
 from fewstep.planning.plan import plan
 from fewstep.training.fsdp import SWITCH
 from tests.invariants import sharded as script
-from tests.invariants.conftest import ENVIRONMENT
-from tests.invariants.test_two_ranks import free_port
+from tests.invariants.conftest import ENVIRONMENT, free_port
 from tests.tiny_pipeline import build_sd3
 
 Told = list[dict[str, Any]]

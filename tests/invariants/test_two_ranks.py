@@ -1,7 +1,6 @@
 """Two processes are one: the same gradients, the same step index, and they stop together."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.invariants import gradients as script
-from tests.invariants.conftest import ENVIRONMENT, ROOT
+from tests.invariants.conftest import ENVIRONMENT, ROOT, free_port
 
 CONFIGS = ROOT / "configs" / "accelerate"
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +56,7 @@ def test_two_gloo_ranks_give_the_gradient_of_one_process(num_steps: int, variant
 
 
 def test_signal_to_one_rank_stops_both_at_the_same_iteration(ranks: Path):
-    """The main process alone evaluates and finds a new best, the other alone gets SIGTERM: both save, both stop.
+    """The main process alone finds a new best, the other alone gets SIGTERM: both save, both stop.
 
     Fails by hanging when only the rank that knows goes into `save`: the other waits in the next all-reduce.
     """
@@ -83,6 +77,17 @@ def test_shares_of_the_gradient_are_those_of_two_micro_batches(ranks: Path, tmp_
     found, wanted = ([(row["grad/dm"], row["grad/gan"]) for row in rows if "grad/gan" in row] for rows in (two, one))
     assert len(wanted) == 4 and all(0 < gan < 0.4 for _, gan in wanted)  # so that exchanged ones would differ
     assert found == [pytest.approx(pair, rel=1e-6) for pair in wanted]
+
+
+def test_two_processes_make_the_preview_of_one(ranks: Path, tmp_path: Path):
+    """The figure's samples and both panels, by number; only the main process has them.
+
+    Mutations: every process makes all, or the samples from the first on.
+    """
+    main, other = (json.loads((ranks / f"preview.{rank}.json").read_text()) for rank in range(2))
+    assert main == script.previewed(tmp_path) and other == {}
+    one, two = (Image.open(folder / "previews" / "00000001.png") for folder in (tmp_path, ranks))
+    assert one.tobytes() == two.tobytes()
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_both(ranks: Path):

@@ -1,7 +1,7 @@
 """Runs fewstep's command line in forked processes, so that a test pays for the imports once.
 
 One JSON request a line on stdin, one JSON answer a line on stdout:
-{"argv": [...], "log": path, "fault": {...} or null} -> pid of a process that runs `fewstep ARGV`
+{"argv": [...], "log": path, "fault": {...} or null, "environment": {...}} -> pid of a process that runs `fewstep ARGV`
 {"wait": pid} -> its exit code, negative if a signal killed it
 
 A fault sends the process a signal at the n-th occurrence of an event: before it, after it, or half-way.
@@ -75,6 +75,7 @@ def child(request: dict[str, Any]) -> int:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.environ.update(request["environment"])
     if request["fault"]:
         arm(**request["fault"])
     sys.argv = ["fewstep", *request["argv"]]

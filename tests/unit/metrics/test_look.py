@@ -1,6 +1,7 @@
 """Claims about the one pass and its figures: those of the single metrics, under their names."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def reference_of(images: torch.Tensor, **parts: torch.Tensor) -> Reference:
 def test_figures_are_those_of_the_single_metrics(extractor):
     """Mutations: fakes and reals exchanged, k of precision and density, the kernel distance of the moments' set."""
     fake, real = pictures(60, 0), pictures(50, 1)
-    seen = look(extractor, fake.split(7))
+    seen = look(extractor, zip(fake.split(7)))
     found = figures_of(seen, PROTOCOL, extractor, reference_of(real), ["kid", "manifold", "inception_score"])
     x, y = corners(fake), corners(real)
     kernel = subset_kernel_distance(x, y, torch.Generator().manual_seed(0), subset_size=20, num_subsets=3)
@@ -58,21 +59,37 @@ def test_figures_are_those_of_the_single_metrics(extractor):
         assert found[name] == pytest.approx(value, rel=1e-9), name
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """A CLIP by whose cosine a picture's first number meets its prompt."""
+
+    figure: str = "score"
+    factor: float = 3.0
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    def cosines(self, images, prompts):
+        return images[:, 0, 0, 0].double() * torch.tensor([float(prompt) for prompt in prompts])
+
+
 def test_every_picture_goes_once_through_each_network(extractor):
     """Batches of any size give the same figures, with each prompt at its own picture."""
 
-    class Scorer:
-        def cosines(self, images, prompts):
-            return images[:, 0, 0, 0].double() * torch.tensor([float(prompt) for prompt in prompts])
-
     images, prompts = pictures(60, 0), [str(i) for i in range(60)]
     done: list[int] = []
-    seen = look(extractor, images.split(25), scorer=Scorer(), prompts=prompts, advance=done.append)  # type: ignore
+    seen = look(extractor, zip(images.split(25)), scorer=Scorer(), prompts=prompts, advance=done.append)
     assert done == [25, 25, 10] and seen.moments.count == 60
     assert seen.cosines is not None
     assert seen.cosines.tolist() == [i * float(image[0, 0, 0]) for i, image in enumerate(images)]
-    found = figures_of(seen, PROTOCOL, extractor, reference_of(pictures(50, 1)))
-    assert found["clip_score"] == pytest.approx(100 * float(seen.cosines.mean()), rel=1e-12)
+    found = figures_of(seen, PROTOCOL, extractor, reference_of(pictures(50, 1)), scorer=Scorer())
+    assert found["score"] == pytest.approx(3 * float(seen.cosines.mean()), rel=1e-12)
+
+
+def test_a_scorer_may_be_shown_the_pictures_otherwise(extractor):
+    """Mutation: the CLIP sees what is cropped and resized for the extractor."""
+    images, others = pictures(6, 0), pictures(6, 1)
+    seen = look(extractor, zip(images.split(4), others.split(4)), scorer=Scorer(), prompts=["1"] * 6)
+    assert torch.equal(seen.features, corners(images)) and seen.cosines is not None
+    assert seen.cosines.tolist() == others[:, 0, 0, 0].tolist()
 
 
 def test_categories_have_figures_of_their_own(extractor):
@@ -80,7 +97,7 @@ def test_categories_have_figures_of_their_own(extractor):
     fake, art, food = pictures(60, 0), pictures(40, 1), pictures(40, 2)
     groups = ["art", "food"] * 30
     reference = reference_of(torch.cat([art, food]), art=art, food=food)
-    found = figures_of(look(extractor, [fake]), PROTOCOL, extractor, reference, groups=groups)
+    found = figures_of(look(extractor, [(fake,)]), PROTOCOL, extractor, reference, groups=groups)
     for rows, real, name in ((slice(0, None, 2), art, "FID art"), (slice(1, None, 2), food, "FID food")):
         own = moments_distance(Moments.of(corners(fake[rows])), Moments.of(corners(real)))
         assert found[name] == pytest.approx(own, rel=1e-9)
@@ -88,23 +105,25 @@ def test_categories_have_figures_of_their_own(extractor):
 
 def test_names_follow_weights_and_count(extractor):
     """Mutation: the CLIP score, of another network, loses its name with Inception's."""
-    seen = replace(look(extractor, [pictures(30, 0)]), cosines=torch.ones(30))
-    found = figures_of(seen, PROTOCOL, replace(extractor, verified=False), reference_of(pictures(50, 1)))
-    assert list(found) == ["FD[inception-unverified]@30", "clip_score@30"]
+    seen = replace(look(extractor, [(pictures(30, 0),)]), cosines=torch.ones(30))
+    found = figures_of(
+        seen, PROTOCOL, replace(extractor, verified=False), reference_of(pictures(50, 1)), scorer=Scorer()
+    )
+    assert list(found) == ["FD[inception-unverified]@30", "score@30"]
 
 
 def test_cmmd_compares_features():
     clip = Extractor("clip", 6, 3, "torch bicubic to 336", "ab", True, corners)
     protocol, fake, real = replace(PROTOCOLS["cmmd-coco30k"], count=60), pictures(60, 0), pictures(50, 1)
-    found = figures_of(look(clip, [fake]), protocol, clip, reference_of(real))
+    found = figures_of(look(clip, [(fake,)]), protocol, clip, reference_of(real))
     assert found == {"CMMD": pytest.approx(gaussian_distance(corners(fake), corners(real)), rel=1e-12)}
     with pytest.raises(ValueError, match="mmd compares features, and the reference keeps none"):
-        figures_of(look(clip, [fake]), protocol, clip, replace(reference_of(real), features=None))
+        figures_of(look(clip, [(fake,)]), protocol, clip, replace(reference_of(real), features=None))
     with pytest.raises(ValueError, match="of Inception's classes"):
-        figures_of(look(clip, [fake]), protocol, clip, reference_of(real), ["inception_score"])
+        figures_of(look(clip, [(fake,)]), protocol, clip, reference_of(real), ["inception_score"])
 
 
 def test_features_that_are_not_finite_are_refused(extractor):
     broken = replace(extractor, embed=lambda images: corners(images) / 0)
     with pytest.raises(ValueError, match="not finite"):
-        look(broken, [pictures(3, 0)])
+        look(broken, [(pictures(3, 0),)])
