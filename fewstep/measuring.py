@@ -6,7 +6,7 @@ Every measurement is one line of JSON with all that its figures depend on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from fewstep.training.checkpoint import CONFIG
 BATCH = 50
 """Pictures that the extractor sees at a time, and that a process makes or reads at least."""
 FILE = "figures.jsonl"
+COLUMNS = {"protocol": "protocol", "n": "samples"}
 Pictures = Callable[[range], Iterator[tuple[Tensor, ...]]]
 """Of a range of indices, a batch at a time: [B, C, H, W] uint8, twice where a CLIP is shown them otherwise."""
 
@@ -153,7 +154,7 @@ def measure(
         figures = processes.on_main(figures_of, seen, protocol, extractor, reference, request.also, groups, scorer)
         records.append(record | told | {"n": count, "figures": figures})
         if processes.main:
-            _append(to or target / FILE, records[-1])
+            append(to or target / FILE, records[-1])
     return records
 
 
@@ -235,12 +236,12 @@ def make_reference(
     return to
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The figures as markdown, a row for each set of samples."""
+def table(records: Sequence[dict[str, Any]], told: Mapping[str, str] = COLUMNS) -> str:
+    """The figures as markdown, a row for each record.  told: what stands before them, by the records' keys."""
     names = list(records[0]["figures"])
-    head = ["protocol", "samples", *names]
+    head = [*told.values(), *names]
     rows = [
-        [record["protocol"], str(record["n"]), *(f"{record['figures'][name]:.5g}" for name in names)]
+        [*(str(record[key]) for key in told), *(f"{record['figures'][name]:.5g}" for name in names)]
         for record in records
     ]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
@@ -361,7 +362,8 @@ def _samples(
         yield told | {"seed": seed}, partial(pictures, seed), texts
 
 
-def _append(file: Path, record: dict[str, Any]) -> None:
+def append(file: Path, record: dict[str, Any]) -> None:
+    """One more line of JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record, ensure_ascii=False) + "\n")

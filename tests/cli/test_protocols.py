@@ -249,6 +249,16 @@ def test_what_cannot_be_measured_is_refused(cli, stage, tmp_path, monkeypatch, c
     assert not (folder / "figures.jsonl").exists()
 
 
+def test_a_missing_open_clip_is_one_message(cli, stage, tmp_path, monkeypatch):
+    """Mutation: what is missing ends in a traceback."""
+    (tmp_path / "clip").mkdir()
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (tmp_path / "clip" / name).touch()
+    monkeypatch.setattr("fewstep.metrics.open_clip_score.find_spec", lambda name: None)
+    asked = ("--protocol", "dmd2-coco30k", "--reference", stage[1], "--clip", tmp_path / "clip")
+    check_refused(cli("eval", stage[0], *asked, "--device", "cpu"), "needs open_clip: pip install 'fewstep[eval]'")
+
+
 def test_unverified_weights_are_refused_unless_allowed(cli, stage):
     folder, reference, *_ = stage
     check_refused(cli("eval", folder, *EDM, "--reference", reference), "should begin with 6726825d", "--unverified")
