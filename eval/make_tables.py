@@ -2,7 +2,8 @@
 
     python -m eval.make_tables SOURCE ... [--format markdown] [--figures fmd,recall] [--over-seeds] [--to FILE]
 
-A source is a run's folder (its eval.json, by `fewstep eval`), or a file of JSON lines as eval/results/compare.jsonl.
+A source is a run's folder (its eval.json, by `fewstep eval`), or a file of JSON lines as eval/results/compare.jsonl or
+the figures.jsonl of `fewstep eval --protocol` and `fewstep diversity`, the newest of a run and protocol counting.
 Each protocol has a table of its own: figures of different protocols do not compare, and never share a column.  The best
 of a column is bold, arrows say which way is better, and notes below say samples, seeds and protocol.
 """
@@ -14,6 +15,7 @@ import csv
 import html
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +35,7 @@ class Line:
 
     name, steps: the model and its network evaluations.  figures: by name.  spread: their deviations.  n, seeds: samples
     of each of so many sets.  trainings: seeds of training that the figures are means over.  protocol: its hash.
+    least: minima over the sets.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Line:
     seeds: int = 1
     spread: Mapping[str, float] = field(default_factory=dict)
     trainings: int = 1
+    least: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read(source: Path) -> list[Line]:
     try:
         if path.suffix == ".jsonl":
             newest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            return list({line.name: line for line in map(_of_result, newest)}.values())
+            return list({(line.name, line.protocol): line for line in map(_of_result, newest)}.values())
         record = json.loads(path.read_text(encoding="utf-8"))
         return [_line(_name(source, row), row, row["steps"], record["protocol_hash"]) for row in record["rows"]]
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -76,7 +80,18 @@ def _name(source: Path, row: Mapping[str, Any]) -> str:
 
 
 def _of_result(found: Mapping[str, Any]) -> Line:
+    if "protocol" in found:
+        return _of_protocol(found)
     return _line(found["name"], found["student"], found["nfe"], found["protocol_hash"])
+
+
+def _of_protocol(found: Mapping[str, Any]) -> Line:
+    """Of images that were made elsewhere, nobody knows the steps."""
+    place = Path(found.get("images") or found["run"]).name
+    name = f"{place}: {found['model']}" if "model" in found else place
+    row = {"seeds": 1, "spread": None, **found}
+    line = _line(name, row, found.get("steps", math.nan), found["protocol_hash"])
+    return replace(line, least=found.get("least", {}))
 
 
 def _line(name: str, row: Mapping[str, Any], steps: float, protocol: str) -> Line:
@@ -104,6 +119,7 @@ def _mean(name: str, group: Sequence[Line]) -> Line:
         figures={figure: statistics.fmean(found) for figure, found in values.items()},
         spread={figure: statistics.stdev(found) for figure, found in values.items()},
         trainings=len(group),
+        least={},
     )
 
 
@@ -126,8 +142,9 @@ def _table(lines: Sequence[Line], figures: Sequence[str]) -> Table:
     marks = {kind: _mark(place) if len(kinds) > 1 else "" for place, kind in enumerate(kinds)}
     rows, bold = [], set()
     for line in lines:
-        cells = [cell(name, line.figures, line.spread) for name in columns]
-        rows.append((line.name + marks[_kind(line)], f"{line.steps:g}", *cells))
+        cells = [cell(name, line.figures, line.spread, line.least) for name in columns]
+        steps = "-" if math.isnan(line.steps) else f"{line.steps:g}"
+        rows.append((line.name + marks[_kind(line)], steps, *cells))
     for place, name in enumerate(columns):
         for row in best_rows(name, [line.figures for line in lines]):
             bold.add((row, place + 2))

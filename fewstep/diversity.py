@@ -15,6 +15,7 @@ from fewstep.bar import bar
 from fewstep.environment import describe, device_of
 from fewstep.measuring import FILE, append
 from fewstep.metrics.diversity import SIZE, check_per_prompt, diversities
+from fewstep.metrics.protocols import protocol_hash
 from fewstep.models.perception import vgg_lpips
 from fewstep.processes import ALONE, Processes
 from fewstep.sampling import check_count, sample_teacher
@@ -60,6 +61,8 @@ def measure_diversity(
     place, distance = device_of(device), teacher.lpips()
     figure = "LPIPS diversity" if teacher.lpips is vgg_lpips else "feature diversity"
 
+    protocol = {"figure": figure, "prompts": different[:n], "per_prompt": per_prompt, "shorter_edge": SIZE}
+
     def measured(model: str, steps: int, make: Callable[..., Tensor]) -> dict[str, Any]:
         def means(own: range) -> tuple[Tensor]:
             """A prompt at a time: all pictures of all prompts would fit no memory."""
@@ -73,7 +76,8 @@ def measure_diversity(
 
         (values,) = processes.gather(n, 1, means)
         made = {"model": model, "steps": steps, "iteration": student.iteration, "seed": seed}
-        made |= {"prompts": n, "per_prompt": per_prompt, "shorter_edge": SIZE}
+        made |= {"prompts": n, "per_prompt": per_prompt, "run": str(run), "n": n * per_prompt}
+        made |= {"protocol": "diversity", "protocol_hash": protocol_hash(protocol)}
         return made | {"figures": {figure: float(values.mean())}, "environment": describe()}
 
     records = []

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 UP, DOWN = "↑", "↓"
 TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
 """Where they are not the keys themselves."""
-LOWER = frozenset({"fmd", "fmd_test", "kmd", "kmd_full", "sw", "fd"})
-HIGHER = frozenset({"precision", "recall", "density", "coverage", "clip_score", "agreement", "modes", "inside"})
+LOWER = frozenset(
+    {"fmd", "fmd_test", "kmd", "kmd_full", "sw", "fd", "FID", "FD", "FD-DINOv2", "FMD", "KID", "KD", "KD-DINOv2"}
+    | {"KD-CLIP", "KMD", "CMMD", "MMD"}
+)
+HIGHER = frozenset(
+    {"precision", "recall", "density", "coverage", "clip_score", "agreement", "modes", "inside", "IS", "CLIP"}
+    | {"CLIP-ViT-g-14"}
+)
 
 
 def title(name: str) -> str:
@@ -19,8 +26,9 @@ def title(name: str) -> str:
 
 
 def better(name: str) -> Literal["lower", "higher"] | None:
-    """Which way it is better, if one is."""
-    return "lower" if name in LOWER else "higher" if name in HIGHER else None
+    """Which way it is better, if one is; "patch FID@5000" and "FD[inception-unverified] food" as FID and FD are."""
+    plain = re.split(r"[@\[ ]", name.removeprefix("patch "))[0]
+    return "lower" if plain in LOWER else "higher" if plain in HIGHER else None
 
 
 def heading(name: str) -> str:
@@ -28,11 +36,20 @@ def heading(name: str) -> str:
     return title(name) + {"lower": f" {DOWN}", "higher": f" {UP}", None: ""}[better(name)]
 
 
-def cell(name: str, figures: Mapping[str, float], spread: Mapping[str, float] | None = None) -> str:
-    """The figure in four digits, and its deviation if there is one; "-" where it was not measured."""
+def cell(
+    name: str,
+    figures: Mapping[str, float],
+    spread: Mapping[str, float] | None = None,
+    least: Mapping[str, float] | None = None,
+) -> str:
+    """The figure in four digits, its deviation if there is one, and its minimum if that is the best of several.
+
+    "-" where it was not measured.
+    """
     if name not in figures:
         return "-"
-    return f"{figures[name]:.4g}" + (f" ± {spread[name]:.2g}" if spread and name in spread else "")
+    said = f"{figures[name]:.4g}" + (f" ± {spread[name]:.2g}" if spread and name in spread else "")
+    return said + (f" (min {least[name]:.4g})" if least and name in least and better(name) == "lower" else "")
 
 
 def best_rows(name: str, rows: Sequence[Mapping[str, float]]) -> list[int]:

@@ -54,6 +54,15 @@ MUTANTS = (
         ("tests/unit/metrics/test_look.py::test_a_scorer_may_be_shown_the_pictures_otherwise",),
     ),
     Mutant(
+        "one-set-is-all",
+        "seeds",
+        "every set has the samples of the first",
+        "fewstep/measuring.py",
+        "partial(pictures, seed)",
+        "partial(pictures, firsts[0])",
+        ("tests/cli/test_protocols.py::test_seeds_give_mean_deviation_and_minimum_of_disjoint_sets",),
+    ),
+    Mutant(
         "picture-beside-itself",
         "diversity",
         "every picture is compared with itself, too",
