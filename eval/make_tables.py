@@ -3,7 +3,7 @@
     python -m eval.make_tables SOURCE ... [--format markdown] [--figures fmd,recall] [--over-seeds] [--to FILE]
 
 A source is a run's folder (its eval.json, by `fewstep eval`), or a file of JSON lines: eval/results/compare.jsonl, or
-the figures.jsonl that `fewstep eval` with --protocol or --score adds to.
+the figures.jsonl that `fewstep eval` with --protocol or --score, and `fewstep diversity`, add to.
 Each protocol has a table of its own: figures of different protocols do not compare, and never share a column.  The best
 of a column is bold, arrows say which way is better, and notes below say samples, seeds and protocol.
 """
@@ -34,7 +34,8 @@ class Line:
 
     name, steps: the model and its network evaluations, None where only pictures were there.  figures: by name.
     spread: their deviations, or with `interval` half of the 95% interval over prompts.  n, seeds: samples of each of so
-    many sets.  trainings: seeds of training that the figures are means over.  protocol: its hash.
+    many sets.  trainings: seeds of training that the figures are means over.  protocol: its hash.  least: minima over
+    the sets.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Line:
     spread: Mapping[str, float] = field(default_factory=dict)
     trainings: int = 1
     interval: bool = False
+    least: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,21 @@ def _of_result(found: Mapping[str, Any]) -> Line:
 
 
 def _of_figures(newest: Sequence[Mapping[str, Any]], path: Path) -> list[Line]:
-    """A line for each model, protocol and number of samples; sets of other seeds become their mean."""
+    """A line for each model, protocol and number of samples; sets of other seeds become their mean.
+
+    Sets of another checkpoint replace the earlier ones.  Lines that are means themselves are passed over: their sets
+    stand before them.
+    """
     groups: dict[tuple[str, str, int], dict[int | None, Mapping[str, Any]]] = {}
     for found in newest:
-        name = found.get("name") or Path(found.get("images") or path.resolve().parent).name
-        groups.setdefault((name, found["protocol_hash"], found["n"]), {})[found.get("seed")] = found
+        if found.get("seeds", 1) > 1:
+            continue
+        name = found.get("name") or Path(found.get("images") or found.get("run") or path.resolve().parent).name
+        name = f"{name}: {found['model']}" if "model" in found else name
+        sets = groups.setdefault((name, found["protocol_hash"], found["n"]), {})
+        if any(other.get("iteration") != found.get("iteration") for other in sets.values()):
+            sets.clear()
+        sets[found.get("seed")] = found
     return [_of_sets(*group, list(sets.values())) for group, sets in groups.items()]
 
 
@@ -98,7 +110,9 @@ def _of_sets(name: str, protocol: str, n: int, sets: Sequence[Mapping[str, Any]]
         halves = {figure: (high - low) / 2 for figure, (low, high) in (found.get("intervals") or {}).items()}
         steps, interval = found.get("steps"), bool(halves)
         lines.append(Line(name, steps, found["figures"], n, protocol, spread=halves, interval=interval))
-    return replace(_mean(name, lines), seeds=len(sets), trainings=1)
+    mean = _mean(name, lines)
+    least = {figure: min(line.figures[figure] for line in lines) for figure in mean.figures} if len(lines) > 1 else {}
+    return replace(mean, seeds=len(sets), trainings=1, least=least)
 
 
 def _line(name: str, row: Mapping[str, Any], steps: float | None, protocol: str) -> Line:
@@ -127,6 +141,7 @@ def _mean(name: str, group: Sequence[Line]) -> Line:
         spread={figure: statistics.stdev(found) for figure, found in values.items()},
         trainings=len(group),
         interval=False,
+        least={},
     )
 
 
@@ -149,7 +164,7 @@ def _table(lines: Sequence[Line], figures: Sequence[str]) -> Table:
     marks = {kind: _mark(place) if len(kinds) > 1 else "" for place, kind in enumerate(kinds)}
     rows, bold = [], set()
     for line in lines:
-        cells = [cell(name, line.figures, line.spread) for name in columns]
+        cells = [cell(name, line.figures, line.spread, line.least) for name in columns]
         rows.append((line.name + marks[_kind(line)], "-" if line.steps is None else f"{line.steps:g}", *cells))
     for place, name in enumerate(columns):
         for row in best_rows(name, [line.figures for line in lines]):

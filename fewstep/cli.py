@@ -281,6 +281,39 @@ def evaluate(
 
 
 @app.command()
+def diversity(
+    run: flags.RunFolder,
+    per_prompt: Annotated[int, typer.Option(help="Images of each prompt; all pairs of them are compared.")] = 4,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Prompts, the first so many; by default all.")] = None,
+    prompts: flags.Prompts = None,
+    seed: Annotated[int, typer.Option(help="First sampling seed; each image has one of its own.")] = 50_000_000,
+    which: flags.Which = "best",
+    with_teacher: Annotated[
+        bool, typer.Option("--with-teacher", help="Measure the teacher, too, in 50 steps.")
+    ] = False,
+    device: flags.Device = "auto",
+    batch_size: flags.BatchSize = None,
+    to: Annotated[Path | None, typer.Option(help="JSON lines to add to; by default figures.jsonl in RUN.")] = None,
+    plugin: flags.Plugin = None,
+) -> None:
+    """Measure how much the student's images of one prompt differ: mean pairwise LPIPS."""
+    with border():
+        load_plugins(plugin)
+        from fewstep.diversity import COLUMNS, measure_diversity
+        from fewstep.measuring import table
+        from fewstep.processes import processes
+        from fewstep.training.prompts import read_prompts
+
+        given = read_prompts(prompts) if prompts else ()
+        options: dict[str, Any] = {"n": n, "prompts": given, "seed": seed, "which": _which(which), "to": to}
+        options |= {"with_teacher": with_teacher, "device": device, "batch_size": batch_size, "console": console}
+        with processes(device) as group:
+            shown = table(measure_diversity(run, per_prompt, processes=group, **options), COLUMNS)
+    if group.main:
+        output.print(shown, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def reference(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Real images.")],
     protocol: Annotated[str, typer.Option(help="Whose eyes they are seen with; see `fewstep list protocols`.")],
@@ -397,7 +430,7 @@ def border() -> Iterator[None]:
     """Where users' mistakes end: one clear message and exit code 2, no traceback (FEWSTEP_TRACEBACK=1 shows it)."""
     try:
         yield
-    except (ValueError, LookupError, OSError) as error:
+    except (ValueError, LookupError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("FEWSTEP_TRACEBACK"):
             raise
         fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))

@@ -6,7 +6,7 @@ Every measurement is one line of JSON with all that its figures depend on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from fewstep.metrics.features import FASHION_CLASSIFIER, load_reference, quantis
 from fewstep.metrics.frechet import Moments
 from fewstep.metrics.image_folder import batches, check_sizes, image_files, prepared_tensor
 from fewstep.metrics.look import COMPARING, SETTINGS, Scorer, Seen, figures_of, look
+from fewstep.metrics.names import cell
 from fewstep.metrics.open_clip_score import check_open_clip, read_open_clip
 from fewstep.metrics.protocols import ALSO, DMD2_CLIP, Protocol, clip_view, find_protocol
 from fewstep.metrics.reference import (
@@ -36,7 +37,7 @@ from fewstep.metrics.reference import (
     read_reference,
     write_reference,
 )
-from fewstep.metrics.suite import FEATURES_FILE, SUBSET_SIZE
+from fewstep.metrics.suite import FEATURES_FILE, SUBSET_SIZE, over_seeds
 from fewstep.processes import ALONE, Processes
 from fewstep.sampling import Student, check_count, cycled
 from fewstep.students import load_student
@@ -45,6 +46,7 @@ from fewstep.training.checkpoint import CONFIG
 BATCH = 50
 """Pictures that the extractor sees at a time, and that a process makes or reads at least."""
 FILE = "figures.jsonl"
+COLUMNS = {"protocol": "protocol", "n": "samples"}
 Pictures = Callable[[range], Iterator[tuple[Tensor, ...]]]
 """Of a range of indices, a batch at a time: [B, C, H, W] uint8, twice where a CLIP is shown them otherwise."""
 
@@ -103,7 +105,10 @@ def measure(
     console: Console | None = None,
     processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
-    """Measure, append a line to a file, and return what was written, one record for each set of samples.
+    """Measure, append lines to a file, and return what was written, a record for each set of samples.
+
+    Of several sets there is one record more: "figures" are their means, "spread" the deviations (divisor n - 1) and
+    "least" the minima, which EDM (arXiv:2206.00364) reports of three.
 
     target: a run folder, whose student makes the pictures, or a folder of images.  images: of a run, made elsewhere.
     n: of a student's samples, by default the protocol's count; fewer rename the figures.  seed, seeds: sample i of set
@@ -146,6 +151,7 @@ def measure(
         student = load_student(target, which=which, device=request.device)
         firsts = range(seed, seed + count * seeds, count)
         sets = _samples(student, views, extractor.channels, prompts, firsts, batch_size)
+        record["run"] = str(target)
     groups = [path.parent.name for path in files or () if protocol.categories]
     records = []
     for told, pictures, texts in sets:
@@ -154,7 +160,20 @@ def measure(
         records.append(record | told | {"n": count, "figures": figures})
         if processes.main:
             append(to or target / FILE, records[-1])
+    if seeds > 1:
+        mean, spread, least = over_sets([found["figures"] for found in records])
+        records.append(records[0] | {"seeds": seeds, "figures": mean, "spread": spread, "least": least})
+        if processes.main:
+            append(to or target / FILE, records[-1])
     return records
+
+
+def over_sets(
+    figures: Sequence[Mapping[str, float]],
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Mean, deviation and minimum of each figure over sets of samples, two or more."""
+    mean, spread = over_seeds(figures)
+    return mean, spread, {name: min(found[name] for found in figures) for name in mean}
 
 
 def _of_files(files: Sequence[Path], views: Sequence[Protocol], channels: int) -> Pictures:
@@ -235,15 +254,21 @@ def make_reference(
     return to
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The figures as markdown, a row for each set of samples."""
+def table(records: Sequence[dict[str, Any]], told: Mapping[str, str] = COLUMNS) -> str:
+    """The figures as markdown, a row for each record.  told: what stands before them, by the records' keys."""
     names = list(records[0]["figures"])
-    head = ["protocol", "samples", *names]
-    rows = [
-        [record["protocol"], str(record["n"]), *(f"{record['figures'][name]:.5g}" for name in names)]
-        for record in records
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+    def row(record: dict[str, Any]) -> list[str]:
+        figures, several = record["figures"], "seeds" in record
+        shown = record | ({"n": f"{record['seeds']} x {record['n']}"} if several else {})
+        cells = [
+            cell(name, figures, record["spread"], record["least"]) if several else f"{figures[name]:.5g}"
+            for name in names
+        ]
+        return [*(str(shown[key]) for key in told), *cells]
+
+    rows = [[*told.values(), *names], ["---"] * (len(told) + len(names)), *map(row, records)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def _checked_files(files: Sequence[Path], protocol: Protocol, n: int | None, seeds: int) -> int:

@@ -11,12 +11,12 @@ UP, DOWN = "↑", "↓"
 TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
 """Where they are not the keys themselves."""
 LOWER = frozenset(
-    {"fmd", "fmd_test", "kmd", "kmd_full", "sw"}
-    | {"FID", "KID", "CMMD", "FD-DINOv2", "KD-DINOv2", "KD-CLIP", "FMD", "KMD", "FD", "KD", "MMD", "fd"}
+    {"fmd", "fmd_test", "kmd", "kmd_full", "sw", "fd"}
+    | {"FID", "KID", "CMMD", "FD-DINOv2", "KD-DINOv2", "KD-CLIP", "FMD", "KMD", "FD", "KD", "MMD"}
 )
 HIGHER = frozenset(
     {"precision", "recall", "density", "coverage", "clip_score", "agreement", "modes", "inside", "IS"}
-    | {"HPSv2.1", "HPSv2.0", "ImageReward", "GenEval", "VBench"}
+    | {"CLIP", "CLIP-ViT-g-14", "HPSv2.1", "HPSv2.0", "ImageReward", "GenEval", "VBench"}
 )
 
 
@@ -40,11 +40,20 @@ def heading(name: str) -> str:
     return title(name) + {"lower": f" {DOWN}", "higher": f" {UP}", None: ""}[better(name)]
 
 
-def cell(name: str, figures: Mapping[str, float], spread: Mapping[str, float] | None = None) -> str:
-    """The figure in four digits, and its deviation if there is one; "-" where it was not measured."""
+def cell(
+    name: str,
+    figures: Mapping[str, float],
+    spread: Mapping[str, float] | None = None,
+    least: Mapping[str, float] | None = None,
+) -> str:
+    """The figure in four digits, its deviation if there is one, and its minimum if that is the best of several.
+
+    "-" where it was not measured.
+    """
     if name not in figures:
         return "-"
-    return f"{figures[name]:.4g}" + (f" ± {spread[name]:.2g}" if spread and name in spread else "")
+    said = f"{figures[name]:.4g}" + (f" ± {spread[name]:.2g}" if spread and name in spread else "")
+    return said + (f" (min {least[name]:.4g})" if least and name in least and better(name) == "lower" else "")
 
 
 def best_rows(name: str, rows: Sequence[Mapping[str, float]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Bugs of evaluations: shares of several processes, and what a CLIP is shown."""
+"""Bugs of evaluations: shares of several processes, what a CLIP is shown, and variety."""
 
 from __future__ import annotations
 
@@ -52,5 +52,32 @@ MUTANTS = (
         "scorer.cosines(views[-1],",
         "scorer.cosines(views[0],",
         ("tests/unit/metrics/test_look.py::test_a_scorer_may_be_shown_the_pictures_otherwise",),
+    ),
+    Mutant(
+        "one-set-is-all",
+        "seeds",
+        "every set has the samples of the first",
+        "fewstep/measuring.py",
+        "partial(pictures, seed)",
+        "partial(pictures, firsts[0])",
+        ("tests/cli/test_protocols.py::test_seeds_give_mean_deviation_and_minimum_of_disjoint_sets",),
+    ),
+    Mutant(
+        "picture-beside-itself",
+        "diversity",
+        "every picture is compared with itself, too",
+        "fewstep/metrics/diversity.py",
+        "enumerate(shown[:-1, None], 1)",
+        "enumerate(shown[:, None])",
+        ("tests/unit/metrics/test_diversity.py::test_every_pair_counts_once_and_every_prompt_alike",),
+    ),
+    Mutant(
+        "one-noise-for-all-prompts",
+        "diversity",
+        "pictures of all prompts are of the same noise",
+        "fewstep/diversity.py",
+        "seed + i * per_prompt",
+        "seed",
+        ("tests/cli/test_diversity.py::test_figure_is_the_mean_over_pairs_of_each_prompt",),
     ),
 )

@@ -338,8 +338,10 @@ def test_unknown_checkpoint_name_is_refused(cli, toy_run, tmp_path, command):
         (["eval", "-n", "0"], ["n must be >= 1, got 0"]),
         (["eval", "--device", "tpu"], ["device 'tpu'", "allowed: auto, cpu, cuda"]),
         (["eval", "--batch-size", "-5"], ["batch_size must be >= 1, got -5"]),
+        (["diversity", "--per-prompt", "1"], ["at least 2 of each", "got 1"]),
+        (["diversity"], ["compares pictures", "the samples of teacher 'gaussian' are none"]),
     ],
-    ids=["n", "steps", "extension", "device", "batch", "eval-n", "eval-device", "eval-batch"],
+    ids=["n", "steps", "extension", "device", "batch", "eval-n", "eval-device", "eval-batch", "one", "points"],
 )
 def test_wrong_question_to_a_run_is_refused(cli, toy_run, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)

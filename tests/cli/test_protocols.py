@@ -6,6 +6,7 @@ format, and its figures must not be called FID.
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import numpy
@@ -148,7 +149,7 @@ def test_a_student_is_measured_as_its_files_would_be(cli, fashion_run, tmp_path)
     done = cli("eval", fashion_run, *FASHION, "-n", "60", "--seed", "7", "--seeds", "2", "--to", tmp_path / "l.jsonl")
     assert done.exit_code == 0, done.output
     assert "60 images for 128 features" in done.stderr
-    first, second = lines(tmp_path / "l.jsonl")
+    first, second, _ = lines(tmp_path / "l.jsonl")
     assert (first["seed"], second["seed"]) == (7, 67) and first["n"] == 60
     student, real = load_student(fashion_run, device="cpu"), load_reference()
     for line in (first, second):
@@ -156,6 +157,22 @@ def test_a_student_is_measured_as_its_files_would_be(cli, fashion_run, tmp_path)
         own = Moments.of(features)
         expected = frechet_distance(own.mean, own.cov, real.mean, real.cov)
         assert line["figures"]["FMD@60"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_seeds_give_mean_deviation_and_minimum_of_disjoint_sets(cli, stage, pipeline_run, tmp_path):
+    """EDM's three sets are of the seeds 0.., n.. and 2n..; mutations: overlapping sets, the first one as the least."""
+    asked = ("-n", "8", "--seed", "0", "--seeds", "3", "--unverified", "--to", tmp_path / "l.jsonl")
+    (tmp_path / "p.txt").write_text("a bag\na coat\n")
+    done = cli("eval", pipeline_run, *EDM, "--reference", stage[1], *asked, "--prompts", tmp_path / "p.txt")
+    assert done.exit_code == 0, done.output
+    *sets, over = lines(tmp_path / "l.jsonl")
+    name = "FD[inception-unverified]@8"
+    values = [line["figures"][name] for line in sets]
+    assert [line["seed"] for line in sets] == [0, 8, 16] and len(set(values)) == 3
+    assert over["figures"][name] == pytest.approx(statistics.fmean(values), rel=1e-12)
+    assert over["spread"][name] == pytest.approx(statistics.stdev(values), rel=1e-9)
+    assert over["least"][name] == min(values) and over["seeds"] == 3
+    assert f"| 3 x 8 | {over['figures'][name]:.4g} ± " in done.stdout and f"(min {min(values):.4g})" in done.stdout
 
 
 def test_the_packaged_reference_needs_no_file(cli, tmp_path):
@@ -247,6 +264,16 @@ def test_what_cannot_be_measured_is_refused(cli, stage, tmp_path, monkeypatch, c
     allowed = [] if case == "hash" else ["--unverified"]
     check_refused(cli("eval", folder, *EDM, "--reference", reference, *allowed, *flags), *words)
     assert not (folder / "figures.jsonl").exists()
+
+
+def test_a_missing_open_clip_is_one_message(cli, stage, tmp_path, monkeypatch):
+    """Mutation: what is missing ends in a traceback."""
+    (tmp_path / "clip").mkdir()
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (tmp_path / "clip" / name).touch()
+    monkeypatch.setattr("fewstep.metrics.open_clip_score.find_spec", lambda name: None)
+    asked = ("--protocol", "dmd2-coco30k", "--reference", stage[1], "--clip", tmp_path / "clip")
+    check_refused(cli("eval", stage[0], *asked, "--device", "cpu"), "needs open_clip: pip install 'fewstep[eval]'")
 
 
 def test_unverified_weights_are_refused_unless_allowed(cli, stage):

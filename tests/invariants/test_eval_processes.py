@@ -122,11 +122,18 @@ def test_a_run_has_the_figures_of_one_process(cli, tmp_path):
 
 @pytest.mark.slow
 def test_a_student_by_a_protocol_has_the_figures_of_one_process(cli, tmp_path):
-    """Each picture of its own prompt and noise."""
+    """Each picture of its own prompt and noise; also how those of one prompt differ."""
     run, lines = tmp_path / "run", tmp_path / "lines"
     start = "--teacher fashion-dit --method dmd2 --iterations 1 --batch-size 2 --device cpu"
     assert cli.run("distill", *start.split(), "--set", "train.evaluate_samples=10", "--out", str(run)).code == 0
     asked = (str(run), *FASHION, "-n", "120", "--seeds", "2", "--to", str(lines))
     one = figures(cli, 1, *asked)
-    assert len(one) == 2 and one[0] != one[1]
+    assert len(one) == 3 and one[0] != one[1]
     assert one == figures(cli, 1, *asked) == figures(cli, 2, *asked)
+    found = []
+    for count in (1, 2, 2):
+        options = ("--per-prompt", "3", "-n", "5", "--device", "cpu", "--to", str(lines))
+        done = cli.together(count, "diversity", str(run), *options)
+        assert [process.code for process in done] == [0] * count, done[-1].log
+        found.append(json.loads(lines.read_text().splitlines()[-1])["figures"])
+    assert found[0] == found[1] == found[2] and found[0]["feature diversity"] > 0

@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from fewstep.metrics.diversity import diversities
+from fewstep.metrics.features import dequantise, quantise
 from fewstep.models.perception import LPIPS_SIZE, lpips_of, vgg_lpips
 
 lpip = pytest.importorskip("torchmetrics.image.lpip")
@@ -43,3 +45,12 @@ def test_with_equal_weights_it_is_our_own_form(random_vgg):
     x, y = torch.rand(2, 1, 3, 64, 64) * 2 - 1
     maps = [list(net.net(net.scaling_layer(images))) for images in (x, y)]
     assert_close(lpips_of(*maps), net(x, y).flatten(), atol=1e-4, rtol=1e-3)
+
+
+def test_diversity_is_the_metric_of_all_pairs(random_vgg):
+    images = torch.rand(3, 3, 224, 224) * 2 - 1
+    pixels = dequantise(quantise(images))
+    metric = lpip.LearnedPerceptualImagePatchSimilarity(net_type="vgg")
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        metric.update(pixels[i : i + 1], pixels[j : j + 1])
+    assert_close(next(diversities([images], vgg_lpips())), float(metric.compute()), rtol=1e-5, atol=0)
