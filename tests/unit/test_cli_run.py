@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from fewstep import cli
+from fewstep.cli import distilling as cli
 from fewstep.sampling import NotFinite
 from fewstep.training.progress import Diverged, Interrupted
 
