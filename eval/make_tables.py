@@ -3,7 +3,7 @@
     python -m eval.make_tables SOURCE ... [--format markdown] [--figures fmd,recall] [--over-seeds] [--to FILE]
 
 A source is a run's folder (its eval.json, by `fewstep eval`), or a file of JSON lines: eval/results/compare.jsonl, or
-the figures.jsonl that `fewstep eval` with --protocol or --score, and `fewstep diversity`, add to.
+the figures.jsonl that `fewstep eval` with --protocol or --score and `fewstep diversity` add to.
 Each protocol has a table of its own: figures of different protocols do not compare, and never share a column.  The best
 of a column is bold, arrows say which way is better, and notes below say samples, seeds and protocol.
 """
@@ -34,8 +34,8 @@ class Line:
 
     name, steps: the model and its network evaluations, None where only pictures were there.  figures: by name.
     spread: their deviations, or with `interval` half of the 95% interval over prompts.  n, seeds: samples of each of so
-    many sets.  trainings: seeds of training that the figures are means over.  protocol: its hash.  least: minima over
-    the sets.
+    many sets.  least: minima over the sets.  trainings: seeds of training that the figures are means over.
+    protocol: its hash.
     """
 
     name: str
@@ -88,15 +88,14 @@ def _of_result(found: Mapping[str, Any]) -> Line:
 def _of_figures(newest: Sequence[Mapping[str, Any]], path: Path) -> list[Line]:
     """A line for each model, protocol and number of samples; sets of other seeds become their mean.
 
-    Sets of another checkpoint replace the earlier ones.  Lines that are means themselves are passed over: their sets
-    stand before them.
+    Sets of another checkpoint replace the earlier ones.  What stands there of several sets already is of these very
+    lines.
     """
     groups: dict[tuple[str, str, int], dict[int | None, Mapping[str, Any]]] = {}
     for found in newest:
-        if found.get("seeds", 1) > 1:
+        if "seeds" in found:
             continue
-        name = found.get("name") or Path(found.get("images") or found.get("run") or path.resolve().parent).name
-        name = f"{name}: {found['model']}" if "model" in found else name
+        name = found.get("name") or Path(found.get("images") or path.resolve().parent).name
         sets = groups.setdefault((name, found["protocol_hash"], found["n"]), {})
         if any(other.get("iteration") != found.get("iteration") for other in sets.values()):
             sets.clear()
@@ -110,9 +109,9 @@ def _of_sets(name: str, protocol: str, n: int, sets: Sequence[Mapping[str, Any]]
         halves = {figure: (high - low) / 2 for figure, (low, high) in (found.get("intervals") or {}).items()}
         steps, interval = found.get("steps"), bool(halves)
         lines.append(Line(name, steps, found["figures"], n, protocol, spread=halves, interval=interval))
-    mean = _mean(name, lines)
-    least = {figure: min(line.figures[figure] for line in lines) for figure in mean.figures} if len(lines) > 1 else {}
-    return replace(mean, seeds=len(sets), trainings=1, least=least)
+    made = replace(_mean(name, lines), seeds=len(sets), trainings=1)
+    least = {figure: min(line.figures[figure] for line in lines) for figure in made.figures}
+    return replace(made, least=least if len(sets) > 1 else {})
 
 
 def _line(name: str, row: Mapping[str, Any], steps: float | None, protocol: str) -> Line:

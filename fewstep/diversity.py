@@ -75,8 +75,9 @@ def measure_diversity(
             return (torch.tensor(found, dtype=torch.float64),)
 
         (values,) = processes.gather(n, 1, means)
-        made = {"model": model, "steps": steps, "iteration": student.iteration, "seed": seed}
-        made |= {"prompts": n, "per_prompt": per_prompt, "run": str(run), "n": n * per_prompt}
+        name = run.resolve().name if model == "student" else model
+        made = {"name": name, "model": model, "steps": steps, "iteration": student.iteration, "seed": seed}
+        made |= {"prompts": n, "per_prompt": per_prompt, "n": n * per_prompt}
         made |= {"protocol": "diversity", "protocol_hash": protocol_hash(protocol)}
         return made | {"figures": {figure: float(values.mean())}, "environment": describe()}
 

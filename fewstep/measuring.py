@@ -151,7 +151,7 @@ def measure(
         student = load_student(target, which=which, device=request.device)
         firsts = range(seed, seed + count * seeds, count)
         sets = _samples(student, views, extractor.channels, prompts, firsts, batch_size)
-        record["run"] = str(target)
+        record["name"] = target.resolve().name
     groups = [path.parent.name for path in files or () if protocol.categories]
     records = []
     for told, pictures, texts in sets:

@@ -11,8 +11,8 @@ UP, DOWN = "↑", "↓"
 TITLES = {"fmd": "FMD", "fmd_test": "FMD to test images", "clip_score": "CLIP score"}
 """Where they are not the keys themselves."""
 LOWER = frozenset(
-    {"fmd", "fmd_test", "kmd", "kmd_full", "sw", "fd"}
-    | {"FID", "KID", "CMMD", "FD-DINOv2", "KD-DINOv2", "KD-CLIP", "FMD", "KMD", "FD", "KD", "MMD"}
+    {"fmd", "fmd_test", "kmd", "kmd_full", "sw"}
+    | {"FID", "KID", "CMMD", "FD-DINOv2", "KD-DINOv2", "KD-CLIP", "FMD", "KMD", "FD", "KD", "MMD", "fd"}
 )
 HIGHER = frozenset(
     {"precision", "recall", "density", "coverage", "clip_score", "agreement", "modes", "inside", "IS"}
