@@ -57,7 +57,7 @@ MUTANTS = (
         "one-set-is-all",
         "seeds",
         "every set has the samples of the first",
-        "fewstep/measuring.py",
+        "fewstep/measuring/pictures.py",
         "partial(pictures, seed)",
         "partial(pictures, firsts[0])",
         ("tests/cli/test_protocols.py::test_seeds_give_mean_deviation_and_minimum_of_disjoint_sets",),
