@@ -51,8 +51,12 @@ def _through_the_loss(name: str, shape: tuple[int, ...], device: str) -> Case:
 
     def ours(backend: str) -> Callable[[], Call]:
         def call() -> Tensor:
+            before = os.environ.get("FEWSTEP_KERNELS", "")
             os.environ["FEWSTEP_KERNELS"] = backend
-            return _gradient(lambda *given: distribution_matching(*given, floor=FLOOR)[0], x, real, fake)
+            try:
+                return _gradient(lambda *given: distribution_matching(*given, floor=FLOOR)[0], x, real, fake)
+            finally:
+                os.environ["FEWSTEP_KERNELS"] = before
 
         return lambda: call
 

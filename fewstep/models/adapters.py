@@ -77,6 +77,15 @@ def add_lora(module: nn.Module, config: LoRA, *, seed: int = 0) -> None:
     for name, p in module.named_parameters():
         if ".lora_" in name:  # PEFT gives it the layer's dtype, and AdamW's steps are below the last bit of bf16
             p.data = p.data.float()
+    for layer in module.modules():
+        if hasattr(layer, "lora_A"):
+            layer._cast_input_dtype = _widened  # type: ignore[assignment]
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter's input in its weights' dtype; as it is under autocast, which would narrow it again."""
+    place = "cpu" if x.is_meta else x.device.type  # a plan's switch is the CPU's
+    return x if torch.is_autocast_enabled(place) else x.to(dtype)
 
 
 def add_own(module: nn.Module, name: str, part: nn.Module) -> None:

@@ -76,10 +76,6 @@ def prepare(module: nn.Module, accelerator: Accelerator) -> None:
             f"accelerate is configured for {kind} or torch.compile, which this version cannot train with; use a plain "
             "`accelerate config`: several processes, FSDP2 and mixed precision work"
         )
-    if accelerator.mixed_precision != "no":  # what PEFT widens to an adapter's float32, autocast would narrow again
-        for layer in module.modules():
-            if hasattr(layer, "lora_A"):
-                layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def mean(value: Tensor, accelerator: Accelerator) -> Tensor:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 from torch.testing import assert_close
 
 from fewstep.diffusion import RectifiedFlow, VPTable
@@ -280,26 +281,31 @@ def test_adapters_of_a_bf16_teacher_are_float32(name: str):
     assert {p.dtype for p in Trio.build(meta, ROLES, sharing="lora").generator.weights().values()} == {torch.float32}
 
 
-def test_inputs_are_not_widened_under_autocast():
+def test_inputs_are_not_widened_under_autocast(monkeypatch):
     """PEFT casts an adapter's input to float32 and autocast back: two copies a layer, and the same bits."""
-    from torch.profiler import profile
-
-    from fewstep.training import parallel
-    from fewstep.training.launch import _accelerator
-    from fewstep.training.options import TrainConfig
-
-    role = trio_of("dit", "lora").generator
-    shaken(role, 3)
     x, t, cond = inputs()
     found = []
-    for prepared in (False, True):
-        if prepared:
-            parallel.prepare(role.backbone.module, _accelerator(TrainConfig(device="cpu", precision="bf16")))
+    for theirs in (True, False):
+        if theirs:
+            monkeypatch.setattr("fewstep.models.adapters._widened", lambda x, dtype: x.to(dtype))
+        role = trio_of("dit", "lora").generator
+        monkeypatch.undo()
+        shaken(role, 3)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), profile() as seen:
             out = role.backbone(x, t, cond)
         found.append((out.float(), sum(e.count for e in seen.key_averages() if e.key == "aten::_to_copy")))
     (plain, many), (ours, few) = found
     assert torch.equal(plain, ours) and few < many - 10
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_adapters_of_a_bf16_teacher_work_without_autocast_too(name: str):
+    """A flow head calls a network's pieces, which no autocast reaches.  Mutation: inputs are never widened."""
+    x, t, cond = inputs()
+    role = Trio.build(TEACHERS[name]().to(torch.bfloat16), ROLES, sharing="lora", lora=LoRA(rank=2)).generator
+    with torch.no_grad():
+        text = Condition({"text": cond.tensors["text"].bfloat16()}, {"text": cond.null["text"].bfloat16()})
+        assert role.backbone(x.bfloat16(), role.backbone.network_time(t), text).isfinite().all()
 
 
 def test_targets_choose_layers_and_unknown_ones_are_named():
