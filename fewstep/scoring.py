@@ -23,7 +23,7 @@ from fewstep.metrics.features import file_sha256
 from fewstep.metrics.outside.contract import CONTRACT, Answer, Item, Request
 from fewstep.metrics.outside.items import by_name, in_order, of_lines, of_styles, of_tasks, of_videos
 from fewstep.metrics.outside.process import Place, ask, check_place
-from fewstep.metrics.outside.scores import SCORES, Score, find_score
+from fewstep.metrics.outside.scores import Score, find_score, is_ours
 from fewstep.metrics.protocols import protocol_hash
 from fewstep.pictures import picture
 from fewstep.sampling import Advance, Student
@@ -65,7 +65,8 @@ def score(
 
     target: a run folder, whose student makes the pictures of all prompts, or a folder of pictures or videos.
     images: of a run, made elsewhere.  seed: the picture of prompt i has the noise numbered seed + i.  to: by default
-    figures.jsonl in the target.  The whole answer is written beside it before anything is made of it.
+    figures.jsonl in the target.  The whole answer is written beside it before anything is made of it, in a file of its
+    own.
     Raises ValueError, LookupError or OSError for what cannot be scored, before anything is sampled where possible.
     """
     console, file = console or Console(stderr=True), to or target / FILE
@@ -94,10 +95,10 @@ def score(
         request = Request(found.name, folder, items, asked.device, {**found.settings, **asked.options})
         with bar(found.name, len(items), console) as done:
             answer = ask(place, request, timeout=asked.timeout, advance=done)
-    kept = file.with_name(f"{file.stem}-{found.name}.json")
+    record = {"name": (images or target).resolve().name, **_described(found, asked, expected, answer), **told}
+    kept = file.with_name(f"{file.stem}-{found.name}-{_digest(record, images or target, answer)}.json")
     write_text(kept, json.dumps(asdict(answer), ensure_ascii=False) + "\n")
     means = {name + suffix: mean for name, mean in found.summary(found.title, items, answer).items()}
-    record = {"name": (images or target).resolve().name, **_described(found, asked, expected, answer), **told}
     record |= {"answer": kept.name, "n": len(items), "figures": {name: mean.value for name, mean in means.items()}}
     record["intervals"] = {name: mean.interval for name, mean in means.items() if mean.interval}
     append(file, record)
@@ -120,7 +121,7 @@ def _check(target: Path, found: Score, asked: Scoring, place: Place) -> None:
     if not asked.timeout > 0:
         raise ValueError(f"--timeout {asked.timeout:g} must be more than 0 seconds")
     unknown = sorted(set(asked.options) - set(found.options))
-    if found.name in SCORES and unknown:
+    if is_ours(found) and unknown:
         known = "; ".join(f"{name}: {words}" for name, words in found.options.items())
         raise ValueError(f"{found.name} has no option {unknown[0]!r}; it takes {known}")
     if not target.is_dir():
@@ -183,7 +184,7 @@ def _described(found: Score, asked: Scoring, expected: Sequence[Item], answer: A
 
     The options that an adapter of ours takes only name places; what lies there is told by the weights' hashes.
     """
-    own = found.name not in SCORES
+    own = not is_ours(found)
     protocol: dict[str, Any] = {
         "score": found.name,
         "contract": CONTRACT,
@@ -201,3 +202,9 @@ def _described(found: Score, asked: Scoring, expected: Sequence[Item], answer: A
         "seconds": answer.seconds,
         "environment": describe(),
     }
+
+
+def _digest(record: Mapping[str, Any], pictures: Path, answer: Answer) -> str:
+    """Of what a record is of and of the answer: another measurement's answer, which may lie beside it, has another."""
+    told = {name: record.get(name) for name in ("protocol_hash", "seed", "iteration")}
+    return protocol_hash({**told, "pictures": str(pictures.resolve()), "answer": asdict(answer)})[:12]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval.make_tables import markdown, read, tables
+from fewstep.metrics.features import file_sha256
 from fewstep.metrics.outside.figures import STYLES, TASKS
 from fewstep.metrics.outside.scores import SCORES
 from fewstep.students import load_student
@@ -75,6 +76,30 @@ def test_what_changes_figures_changes_the_protocol(cli, stage):
     assert len(tables(read(stage / "images" / "figures.jsonl"))) == 4
 
 
+def test_an_adapter_called_like_a_score_of_ours_is_its_own(cli, stage):
+    """Mutation: told by its name, it has the hash of ours, whatever it holds, and takes no option but ours."""
+    asked, hashes = ("--score", "./imagereward.py", *LIGHT[2:], "--option", "unit=2"), []
+    for more in ("", "# brighter\n"):
+        (stage / "imagereward.py").write_text(BRIGHTNESS + more)
+        done = cli("eval", "images", *asked)
+        assert done.exit_code == 0, done.output
+        line = lines(stage / "images" / "figures.jsonl")[-1]
+        assert line["scored"]["adapter"] == file_sha256(stage / "imagereward.py")
+        assert line["scored"]["options"] == {"unit": "2"}
+        hashes.append(line["protocol_hash"])
+    assert len(set(hashes)) == 2
+
+
+def test_each_measurement_keeps_its_answer(cli, stage):
+    """Two folders into one file.  Mutation: answers named by the score alone, of which the last is left."""
+    draw(stage / "others", 3, 1)
+    for folder in ("images", "others"):
+        assert cli("eval", folder, *LIGHT, "--to", "all.jsonl").exit_code == 0
+    answers = [json.loads((stage / line["answer"]).read_text())["scores"] for line in lines(stage / "all.jsonl")]
+    means = [line["figures"]["light"] for line in lines(stage / "all.jsonl")]
+    assert means == [pytest.approx(sum(scores.values()) / 3) for scores in answers] and means[0] != means[1]
+
+
 def test_a_students_pictures_are_those_of_its_own_sampling(cli, pipeline_run, stage):
     """Picture i of prompt i by the noise numbered seed + i, written without loss; the tables know its steps."""
     from fewstep.metrics.features import quantise
@@ -119,7 +144,8 @@ def test_a_benchmark_in_part_says_so(cli, stage):
 def test_an_answer_is_kept_when_nothing_can_be_made_of_it(cli, stage):
     """Hours of work: the figures are refused, the scores are there."""
     check_refused(cli(*geneval(stage, TASKS[:-1])), "mean of six tasks; no picture of color_attr")
-    assert len(json.loads((stage / "drawn" / "figures-geneval.json").read_text())["scores"]) == 20
+    (kept,) = (stage / "drawn").glob("figures-geneval-*.json")
+    assert len(json.loads(kept.read_text())["scores"]) == 20
     assert not (stage / "drawn" / "figures.jsonl").exists()
 
 

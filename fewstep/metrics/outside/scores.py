@@ -106,6 +106,11 @@ _TABLE = (
 SCORES = {score.name: score for score in _TABLE}
 
 
+def is_ours(score: Score) -> bool:
+    """Whether it is of the table.  A user's own is called as its file, which may be called like one of these."""
+    return SCORES.get(score.name) is score
+
+
 def find_score(name: str) -> Score:
     """The score of this name, or a user's own: a file that ends in .py, called as it is.
 
