@@ -175,8 +175,8 @@ MUTANTS = (
         "outside",
         "hours of scores are lost when no figure can be made of them",
         SCORING,
-        "    write_text(kept, json.dumps(asdict(answer), ensure_ascii=False)",
-        "    str(json.dumps(asdict(answer), ensure_ascii=False)",
+        "write_text(kept, json.dumps(asdict(answer), ensure_ascii=False)",
+        "str(json.dumps(asdict(answer), ensure_ascii=False)",
         ("tests/cli/test_scores.py::test_an_answer_is_kept_when_nothing_can_be_made_of_it",),
     ),
     Mutant(

@@ -6,11 +6,13 @@ Stand-ins of the packages themselves are in tests/unit/metrics/outside/test_adap
 import json
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from eval.make_tables import markdown, read, tables
+from fewstep import scoring
 from fewstep.metrics.features import file_sha256
 from fewstep.metrics.outside.figures import STYLES, TASKS
 from fewstep.metrics.outside.scores import SCORES
@@ -115,6 +117,29 @@ def test_a_students_pictures_are_those_of_its_own_sampling(cli, pipeline_run, st
     assert (line["seed"], line["steps"]) == (7, 1) and read(stage / "lines.jsonl")[0].steps == 1
 
 
+def test_what_an_adapter_lacks_is_known_before_anything_is_sampled(cli, pipeline_run, stage, monkeypatch):
+    """Mutation: it is first asked when thousands of pictures are there."""
+    monkeypatch.setattr(scoring, "load_student", pytest.fail)
+    (stage / "light.py").write_text("import nothing_such\n")
+    check_refused(cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl"), "No module named 'nothing_such'")
+
+
+def test_sampled_pictures_outlive_an_error(cli, pipeline_run, stage, monkeypatch):
+    """Mended, the adapter scores those.  Mutation: a folder that goes with the error."""
+    (stage / "pictures").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(stage / "pictures"))
+    (stage / "light.py").write_text(BRIGHTNESS + "assert not scores, 'out of memory'\n")
+    done = cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl")
+    check_refused(done, "out of memory")
+    (folder,) = (stage / "pictures").glob("fewstep-*")
+    assert f"the 3 sampled pictures are kept: --images {folder} scores them" in done.stderr
+    (stage / "light.py").write_text(BRIGHTNESS)
+    assert cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl", "--images", folder).exit_code == 0
+    assert cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl").exit_code == 0
+    made, sampled = lines(stage / "all.jsonl")
+    assert made["figures"] == sampled["figures"] and list((stage / "pictures").glob("fewstep-*")) == [folder]
+
+
 def geneval(stage: Path, tasks=TASKS, correct=True) -> list[str]:
     """A folder of four pictures of a prompt of each task, and results that another machine wrote of them."""
     (stage / "prompts.jsonl").write_text("".join(json.dumps({"tag": t, "prompt": f"a {t}"}) + "\n" for t in tasks))
@@ -168,6 +193,7 @@ def test_hpsv2_takes_its_own_layout(cli, stage):
     assert "4 of the 3200 of HPSv2.1: its figures are named HPSv2.1@4" in done.stderr
 
 
+GENEVAL = ("--score", "geneval", "--option", "results=results.jsonl")
 REFUSALS = {
     "name": (["--score", "hpsv2"], ["no score named 'hpsv2'", "hpsv2.1, hpsv2.0", "FILE.py"]),
     "file": (["--score", "nowhere.py"], ["no adapter at nowhere.py"]),
@@ -184,8 +210,10 @@ REFUSALS = {
     "teacher": (["--recompute-teacher"], ["--recompute-teacher", "without --protocol and --score"]),
     "images": (["--images", "nowhere"], ["nowhere"]),
     "videos": (["--score", "vbench"], ["reads its prompts from the videos' names; leave --prompts out"]),
-    "tasks": (["--score", "geneval", "--prompts", "three.txt"], ["three.txt is no JSON"]),
-    "no-prompt": (["--score", "geneval", "--prompts", "none.txt"], ["none.txt holds no prompt"]),
+    "tasks": ([*GENEVAL, "--prompts", "three.txt"], ["three.txt is no JSON"]),
+    "no-prompt": ([*GENEVAL, "--prompts", "none.txt"], ["none.txt holds no prompt"]),
+    "no-options": (GENEVAL[:2], ["geneval needs --option results=, or --option evaluator= and --option detector="]),
+    "half-the-options": ([*GENEVAL[:2], "--option", "evaluator=x"], ["geneval needs --option results=, or"]),
     "no-styles": (["--score", "hpsv2.1", "--prompts", "images"], ["anime.json"]),
 }
 
