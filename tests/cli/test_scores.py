@@ -226,6 +226,15 @@ def test_what_cannot_be_scored_is_refused(cli, stage, case):
     assert not (stage / "images" / "figures.jsonl").exists()
 
 
+@pytest.mark.parametrize("flags", [("--seed", "7"), ("--which", "best"), ("--batch-size", "2")])
+@pytest.mark.parametrize("asked", [LIGHT, ("--protocol", "edm-fid50k")], ids=["score", "protocol"])
+@pytest.mark.parametrize("made", [(), ("--images", "images")], ids=["folder", "images"])
+def test_what_says_how_to_sample_needs_a_student(cli, stage, toy_run, flags, asked, made):
+    """Mutation: a setting without effect is taken, and a folder's figure is believed to be of that seed."""
+    done = cli("eval", toy_run if made else "images", *asked, *made, *flags)
+    check_refused(done, f"{flags[0]} goes with a run whose student is sampled")
+
+
 def test_what_is_missing_is_told(cli, stage, toy_run):
     check_refused(cli("eval", "images", "--score", "imagereward"), "imagereward needs --prompts", "a line of a file")
     check_refused(cli("eval", "nowhere", *LIGHT), "no run or folder of images at nowhere")
