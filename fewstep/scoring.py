@@ -6,10 +6,12 @@ Every measurement is one line of JSON with all that its figures depend on, as th
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from fewstep.metrics.features import file_sha256
 from fewstep.metrics.outside.contract import CONTRACT, Answer, Item, Request
 from fewstep.metrics.outside.items import by_name, in_order, of_lines, of_styles, of_tasks, of_videos
 from fewstep.metrics.outside.process import Place, ask, check_place
-from fewstep.metrics.outside.scores import SCORES, Score, find_score
+from fewstep.metrics.outside.scores import Score, find_score, is_ours
 from fewstep.metrics.protocols import protocol_hash
 from fewstep.pictures import picture
 from fewstep.sampling import Advance, Student
@@ -65,42 +67,44 @@ def score(
 
     target: a run folder, whose student makes the pictures of all prompts, or a folder of pictures or videos.
     images: of a run, made elsewhere.  seed: the picture of prompt i has the noise numbered seed + i.  to: by default
-    figures.jsonl in the target.  The whole answer is written beside it before anything is made of it.
-    Raises ValueError, LookupError or OSError for what cannot be scored, before anything is sampled where possible.
+    figures.jsonl in the target.  The whole answer is written beside it before anything is made of it, in a file of its
+    own.
+    Raises ValueError, LookupError or OSError for what cannot be scored, before anything is sampled where possible: the
+    adapter is asked without pictures first.  Pictures that were sampled before an error are kept, and where is said.
     """
     console, file = console or Console(stderr=True), to or target / FILE
     found = find_score(asked.score)
     place = Place(asked.python, found.adapter, f"That environment: {found.environment}")
     _check(target, found, asked, place)
     expected = _expected(found, asked.prompts)
-    sampled = images is None and (target / CONFIG).is_file()
-    if sampled and found.layout == "videos":
-        raise ValueError(f"{found.name} is of videos, which are not sampled here: name a folder of them")
+    request = Request(found.name, images or target, (), asked.device, {**found.settings, **asked.options})
+    if images is None and (target / CONFIG).is_file():
+        if found.layout == "videos":
+            raise ValueError(f"{found.name} is of videos, which are not sampled here: name a folder of them")
+        console.print(f"{found.name}: looking for what it needs", highlight=False, markup=False, soft_wrap=True)
+        ask(place, request, timeout=asked.timeout)
+        student = load_student(target, which=which, device=asked.device)
+        pictures = _sampled(student, expected, seed, batch_size, console)
+        told = {"iteration": student.iteration, "steps": student.sampler.num_steps, "seed": seed}
+    else:
+        pictures = nullcontext(images or target)
+        told = {"images": str(images or target)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as written:
-        if sampled:
-            folder, student = Path(written), load_student(target, which=which, device=asked.device)
-            told = {"iteration": student.iteration, "steps": student.sampler.num_steps, "seed": seed}
-            with bar("sampling", len(expected), console) as done:
-                _sample(student, expected, folder, seed, batch_size, done)
-        else:
-            folder = images or target
-            told = {"images": str(folder)}
+    with pictures as folder:
         items = _items(found, folder, expected)
         suffix = _suffix(found, items)
         if suffix:
             said = f"{len(items)} of the {found.count} of {found.title}: its figures are named {found.title}{suffix}"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
-        request = Request(found.name, folder, items, asked.device, {**found.settings, **asked.options})
         with bar(found.name, len(items), console) as done:
-            answer = ask(place, request, timeout=asked.timeout, advance=done)
-    kept = file.with_name(f"{file.stem}-{found.name}.json")
-    write_text(kept, json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-    means = {name + suffix: mean for name, mean in found.summary(found.title, items, answer).items()}
-    record = {"name": (images or target).resolve().name, **_described(found, asked, expected, answer), **told}
-    record |= {"answer": kept.name, "n": len(items), "figures": {name: mean.value for name, mean in means.items()}}
-    record["intervals"] = {name: mean.interval for name, mean in means.items() if mean.interval}
-    append(file, record)
+            answer = ask(place, replace(request, folder=folder, items=items), timeout=asked.timeout, advance=done)
+        record = {"name": (images or target).resolve().name, **_described(found, asked, expected, answer), **told}
+        kept = file.with_name(f"{file.stem}-{found.name}-{_digest(record, images or target, answer)}.json")
+        write_text(kept, json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+        means = {name + suffix: mean for name, mean in found.summary(found.title, items, answer).items()}
+        record |= {"answer": kept.name, "n": len(items), "figures": {name: mean.value for name, mean in means.items()}}
+        record["intervals"] = {name: mean.interval for name, mean in means.items() if mean.interval}
+        append(file, record)
     return record
 
 
@@ -120,9 +124,12 @@ def _check(target: Path, found: Score, asked: Scoring, place: Place) -> None:
     if not asked.timeout > 0:
         raise ValueError(f"--timeout {asked.timeout:g} must be more than 0 seconds")
     unknown = sorted(set(asked.options) - set(found.options))
-    if found.name in SCORES and unknown:
-        known = "; ".join(f"{name}: {words}" for name, words in found.options.items())
+    known = "; ".join(f"{name}: {words}" for name, words in found.options.items())
+    if is_ours(found) and unknown:
         raise ValueError(f"{found.name} has no option {unknown[0]!r}; it takes {known}")
+    if found.required and not any(set(some) <= set(asked.options) for some in found.required):
+        wanted = ", or ".join(" and ".join(f"--option {name}=" for name in some) for some in found.required)
+        raise ValueError(f"{found.name} needs {wanted}; {known}")
     if not target.is_dir():
         raise FileNotFoundError(f"no run or folder of images at {target}")
 
@@ -157,6 +164,27 @@ def _suffix(found: Score, items: Sequence[Item]) -> str:
     return "" if found.count is None or (published and len(items) == found.count) else f"@{len(items)}"
 
 
+@contextmanager
+def _sampled(
+    student: Student, expected: Sequence[Item], seed: int, batch_size: int | None, console: Console
+) -> Iterator[Path]:
+    """A folder of the student's pictures of all items.  It goes at the end, but not after an error: they took hours."""
+    folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
+    try:
+        with bar("sampling", len(expected), console) as done:
+            _sample(student, expected, folder, seed, batch_size, done)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    try:
+        yield folder
+    except BaseException:
+        said = f"the {len(expected)} sampled pictures are kept: --images {folder} scores them"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        raise
+    shutil.rmtree(folder)
+
+
 def _sample(
     student: Student,
     expected: Sequence[Item],
@@ -183,7 +211,7 @@ def _described(found: Score, asked: Scoring, expected: Sequence[Item], answer: A
 
     The options that an adapter of ours takes only name places; what lies there is told by the weights' hashes.
     """
-    own = found.name not in SCORES
+    own = not is_ours(found)
     protocol: dict[str, Any] = {
         "score": found.name,
         "contract": CONTRACT,
@@ -201,3 +229,9 @@ def _described(found: Score, asked: Scoring, expected: Sequence[Item], answer: A
         "seconds": answer.seconds,
         "environment": describe(),
     }
+
+
+def _digest(record: Mapping[str, Any], pictures: Path, answer: Answer) -> str:
+    """Of what a record is of and of the answer: another measurement's answer, which may lie beside it, has another."""
+    told = {name: record.get(name) for name in ("protocol_hash", "seed", "iteration")}
+    return protocol_hash({**told, "pictures": str(pictures.resolve()), "answer": asdict(answer)})[:12]

@@ -21,10 +21,15 @@ def evaluate(
         int | None, typer.Option("--n", "-n", help="Samples behind each figure: 10,000, or as many as the protocol.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="First sampling seed; none was used in training or to choose a checkpoint.")
-    ] = 50_000_000,
+        int | None,
+        typer.Option(
+            help="First sampling seed, by default 50,000,000; none was used in training or to choose a checkpoint."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Sets of --n samples; with more than one, means and deviations.")] = 1,
-    which: flags.Which = "best",
+    which: Annotated[
+        str | None, typer.Option(help="Checkpoint: best (by the running figure), the default, or last.")
+    ] = None,
     recompute_teacher: flags.RecomputeTeacher = False,
     untrained: flags.Untrained = True,
     device: flags.Device = "auto",
@@ -72,8 +77,12 @@ def evaluate(
             without(asked, "with --protocol NAME; see `fewstep list protocols`")
             without(placed, "with --protocol NAME or --score NAME")
         from fewstep.processes import processes
+        from fewstep.training.checkpoint import CONFIG
 
-        given: dict[str, Any] = {"seed": seed, "which": which_of(which), "batch_size": batch_size, "console": console}
+        sampling = only_given(seed=seed, which=None if which is None else which_of(which), batch_size=batch_size)
+        if (protocol or score) and (images is not None or (run.is_dir() and not (run / CONFIG).is_file())):
+            without(sampling, "with a run whose student is sampled; the pictures of a folder are there already")
+        given: dict[str, Any] = {**sampling, "console": console}
         with processes(device) as group:
             if score is not None:
                 from fewstep import scoring

@@ -6,7 +6,9 @@ from tests.bugs.mutant import Mutant
 
 CONTRACT, PROCESS, START = (f"fewstep/metrics/outside/{name}.py" for name in ("contract", "process", "start"))
 FIGURES, MEANS, VBENCH = (f"fewstep/metrics/{name}.py" for name in ("outside/figures", "means", "vbench"))
-ITEMS, SCORING = "fewstep/metrics/outside/items.py", "fewstep/scoring.py"
+ITEMS, SCORES, SCORING = (
+    f"fewstep/{name}.py" for name in ("metrics/outside/items", "metrics/outside/scores", "scoring")
+)
 OF_ITEMS = "tests/unit/metrics/outside/test_items.py"
 OF_CONTRACT, OF_PROCESS, OF_FIGURES, OF_MEANS, OF_VBENCH = (
     f"tests/unit/metrics/{folder}test_{name}.py"
@@ -20,8 +22,8 @@ MUTANTS = (
         "outside",
         "NaN is a score, since Python's JSON reads it",
         CONTRACT,
-        " or not math.isfinite(value):",
-        ":",
+        "not abs(value) <= sys.float_info.max:",
+        "abs(value) > sys.float_info.max:",
         (f"{OF_CONTRACT}::test_a_bad_answer_is_refused",),
     ),
     Mutant(
@@ -173,9 +175,27 @@ MUTANTS = (
         "outside",
         "hours of scores are lost when no figure can be made of them",
         SCORING,
-        "    write_text(kept, json.dumps(asdict(answer), ensure_ascii=False)",
-        "    str(json.dumps(asdict(answer), ensure_ascii=False)",
+        "write_text(kept, json.dumps(asdict(answer), ensure_ascii=False)",
+        "str(json.dumps(asdict(answer), ensure_ascii=False)",
         ("tests/cli/test_scores.py::test_an_answer_is_kept_when_nothing_can_be_made_of_it",),
+    ),
+    Mutant(
+        "ours-by-name",
+        "outside",
+        "a user's adapter called like a score of ours has its hash and its options",
+        SCORES,
+        "return SCORES.get(score.name) is score",
+        "return score.name in SCORES",
+        ("tests/cli/test_scores.py::test_an_adapter_called_like_a_score_of_ours_is_its_own",),
+    ),
+    Mutant(
+        "answers-overwritten",
+        "outside",
+        "the answer of the last measurement is kept under the name of all",
+        SCORING,
+        "-{_digest(record, images or target, answer)}.json",
+        ".json",
+        ("tests/cli/test_scores.py::test_each_measurement_keeps_its_answer",),
     ),
     Mutant(
         "first-seed-for-all",

@@ -6,11 +6,14 @@ Stand-ins of the packages themselves are in tests/unit/metrics/outside/test_adap
 import json
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from eval.make_tables import markdown, read, tables
+from fewstep import scoring
+from fewstep.metrics.features import file_sha256
 from fewstep.metrics.outside.figures import STYLES, TASKS
 from fewstep.metrics.outside.scores import SCORES
 from fewstep.students import load_student
@@ -75,6 +78,30 @@ def test_what_changes_figures_changes_the_protocol(cli, stage):
     assert len(tables(read(stage / "images" / "figures.jsonl"))) == 4
 
 
+def test_an_adapter_called_like_a_score_of_ours_is_its_own(cli, stage):
+    """Mutation: told by its name, it has the hash of ours, whatever it holds, and takes no option but ours."""
+    asked, hashes = ("--score", "./imagereward.py", *LIGHT[2:], "--option", "unit=2"), []
+    for more in ("", "# brighter\n"):
+        (stage / "imagereward.py").write_text(BRIGHTNESS + more)
+        done = cli("eval", "images", *asked)
+        assert done.exit_code == 0, done.output
+        line = lines(stage / "images" / "figures.jsonl")[-1]
+        assert line["scored"]["adapter"] == file_sha256(stage / "imagereward.py")
+        assert line["scored"]["options"] == {"unit": "2"}
+        hashes.append(line["protocol_hash"])
+    assert len(set(hashes)) == 2
+
+
+def test_each_measurement_keeps_its_answer(cli, stage):
+    """Two folders into one file.  Mutation: answers named by the score alone, of which the last is left."""
+    draw(stage / "others", 3, 1)
+    for folder in ("images", "others"):
+        assert cli("eval", folder, *LIGHT, "--to", "all.jsonl").exit_code == 0
+    answers = [json.loads((stage / line["answer"]).read_text())["scores"] for line in lines(stage / "all.jsonl")]
+    means = [line["figures"]["light"] for line in lines(stage / "all.jsonl")]
+    assert means == [pytest.approx(sum(scores.values()) / 3) for scores in answers] and means[0] != means[1]
+
+
 def test_a_students_pictures_are_those_of_its_own_sampling(cli, pipeline_run, stage):
     """Picture i of prompt i by the noise numbered seed + i, written without loss; the tables know its steps."""
     from fewstep.metrics.features import quantise
@@ -88,6 +115,29 @@ def test_a_students_pictures_are_those_of_its_own_sampling(cli, pipeline_run, st
     assert grey.shape[1] == 1
     assert line["figures"]["light"] == pytest.approx(float(grey.double().mean()) + len("a cat"))
     assert (line["seed"], line["steps"]) == (7, 1) and read(stage / "lines.jsonl")[0].steps == 1
+
+
+def test_what_an_adapter_lacks_is_known_before_anything_is_sampled(cli, pipeline_run, stage, monkeypatch):
+    """Mutation: it is first asked when thousands of pictures are there."""
+    monkeypatch.setattr(scoring, "load_student", pytest.fail)
+    (stage / "light.py").write_text("import nothing_such\n")
+    check_refused(cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl"), "No module named 'nothing_such'")
+
+
+def test_sampled_pictures_outlive_an_error(cli, pipeline_run, stage, monkeypatch):
+    """Mended, the adapter scores those.  Mutation: a folder that goes with the error."""
+    (stage / "pictures").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(stage / "pictures"))
+    (stage / "light.py").write_text(BRIGHTNESS + "assert not scores, 'out of memory'\n")
+    done = cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl")
+    check_refused(done, "out of memory")
+    (folder,) = (stage / "pictures").glob("fewstep-*")
+    assert f"the 3 sampled pictures are kept: --images {folder} scores them" in done.stderr
+    (stage / "light.py").write_text(BRIGHTNESS)
+    assert cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl", "--images", folder).exit_code == 0
+    assert cli("eval", pipeline_run, *LIGHT, "--to", "all.jsonl").exit_code == 0
+    made, sampled = lines(stage / "all.jsonl")
+    assert made["figures"] == sampled["figures"] and list((stage / "pictures").glob("fewstep-*")) == [folder]
 
 
 def geneval(stage: Path, tasks=TASKS, correct=True) -> list[str]:
@@ -119,7 +169,8 @@ def test_a_benchmark_in_part_says_so(cli, stage):
 def test_an_answer_is_kept_when_nothing_can_be_made_of_it(cli, stage):
     """Hours of work: the figures are refused, the scores are there."""
     check_refused(cli(*geneval(stage, TASKS[:-1])), "mean of six tasks; no picture of color_attr")
-    assert len(json.loads((stage / "drawn" / "figures-geneval.json").read_text())["scores"]) == 20
+    (kept,) = (stage / "drawn").glob("figures-geneval-*.json")
+    assert len(json.loads(kept.read_text())["scores"]) == 20
     assert not (stage / "drawn" / "figures.jsonl").exists()
 
 
@@ -142,6 +193,7 @@ def test_hpsv2_takes_its_own_layout(cli, stage):
     assert "4 of the 3200 of HPSv2.1: its figures are named HPSv2.1@4" in done.stderr
 
 
+GENEVAL = ("--score", "geneval", "--option", "results=results.jsonl")
 REFUSALS = {
     "name": (["--score", "hpsv2"], ["no score named 'hpsv2'", "hpsv2.1, hpsv2.0", "FILE.py"]),
     "file": (["--score", "nowhere.py"], ["no adapter at nowhere.py"]),
@@ -158,8 +210,10 @@ REFUSALS = {
     "teacher": (["--recompute-teacher"], ["--recompute-teacher", "without --protocol and --score"]),
     "images": (["--images", "nowhere"], ["nowhere"]),
     "videos": (["--score", "vbench"], ["reads its prompts from the videos' names; leave --prompts out"]),
-    "tasks": (["--score", "geneval", "--prompts", "three.txt"], ["three.txt is no JSON"]),
-    "no-prompt": (["--score", "geneval", "--prompts", "none.txt"], ["none.txt holds no prompt"]),
+    "tasks": ([*GENEVAL, "--prompts", "three.txt"], ["three.txt is no JSON"]),
+    "no-prompt": ([*GENEVAL, "--prompts", "none.txt"], ["none.txt holds no prompt"]),
+    "no-options": (GENEVAL[:2], ["geneval needs --option results=, or --option evaluator= and --option detector="]),
+    "half-the-options": ([*GENEVAL[:2], "--option", "evaluator=x"], ["geneval needs --option results=, or"]),
     "no-styles": (["--score", "hpsv2.1", "--prompts", "images"], ["anime.json"]),
 }
 
@@ -170,6 +224,15 @@ def test_what_cannot_be_scored_is_refused(cli, stage, case):
     flags, words = REFUSALS[case]
     check_refused(cli("eval", "images", *LIGHT, *flags), *words)
     assert not (stage / "images" / "figures.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [("--seed", "7"), ("--which", "best"), ("--batch-size", "2")])
+@pytest.mark.parametrize("asked", [LIGHT, ("--protocol", "edm-fid50k")], ids=["score", "protocol"])
+@pytest.mark.parametrize("made", [(), ("--images", "images")], ids=["folder", "images"])
+def test_what_says_how_to_sample_needs_a_student(cli, stage, toy_run, flags, asked, made):
+    """Mutation: a setting without effect is taken, and a folder's figure is believed to be of that seed."""
+    done = cli("eval", toy_run if made else "images", *asked, *made, *flags)
+    check_refused(done, f"{flags[0]} goes with a run whose student is sampled")
 
 
 def test_what_is_missing_is_told(cli, stage, toy_run):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,9 +121,10 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 
 def _number(value: Any, what: str) -> float:
-    """JSON as Python reads it knows NaN and Infinity; true is a number to Python."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{what} is {value!r}, and a finite number is wanted")
+    """JSON as Python reads it knows NaN, Infinity and integers beyond any float; true is a number to Python."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # NaN compares with nothing
+        raise ValueError(f"{what} is {value!r:.80}, and a finite number is wanted")
     return float(value)
 
 

@@ -64,8 +64,9 @@ def vbench_figures(title: str, items: Sequence[Item], answer: Answer) -> dict[st
 
 
 def plain(title: str, items: Sequence[Item], answer: Answer) -> dict[str, Mean]:
-    """Of a user's own adapter: the mean of its scores, of each name if they have some, unless it gave figures itself.
+    """Of a user's own adapter: the mean of its scores, of each name if they have some, and the figures that it gave.
 
+    A figure stands in place of the mean of scores of its name.
     Raises ValueError if nothing was scored.
     """
     given = {f"{title} {name}": Mean(value, None) for name, value in answer.figures.items()}

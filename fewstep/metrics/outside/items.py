@@ -18,7 +18,7 @@ PER_PROMPT = 4
 """Pictures of each of GenEval's prompts."""
 VIDEOS_PER_PROMPT = 5
 """That VBench reads; in the dimension of flickering it has 25 drawn, of which a filter keeps those that do not move."""
-VIDEO = re.compile(r"(?P<prompt>.+)-(?P<index>\d+)")
+VIDEO = re.compile(r"(?P<prompt>.+)-(?P<index>0|[1-9][0-9]*)")
 
 
 def of_styles(prompts: Path) -> list[Item]:
@@ -87,12 +87,22 @@ def by_name(folder: Path, items: Sequence[Item]) -> list[Item]:
 
 
 def of_videos(folder: Path) -> list[Item]:
-    """VBench's, whose names are their prompts: PROMPT-0.mp4 to PROMPT-4.mp4.  Raises ValueError for any other."""
-    items = []
+    """VBench's, whose names are their prompts: PROMPT-0.mp4 to PROMPT-4.mp4.
+
+    Raises ValueError for any other, and for two files of one name, which would count one draw twice.
+    """
+    items: list[Item] = []
+    named: dict[str, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS):
         found = VIDEO.fullmatch(path.stem)
         if found is None:
-            raise ValueError(f"{path} is not called PROMPT-NUMBER{path.suffix}, as VBench wants it")
+            raise ValueError(
+                f"{path} is not called PROMPT-NUMBER{path.suffix}, as VBench wants it, no zeros before a number"
+            )
+        if named.setdefault(path.stem, path) != path:
+            raise ValueError(
+                f"{named[path.stem]} and {path.name} are both number {found['index']} of one prompt; keep one"
+            )
         if int(found["index"]) < VIDEOS_PER_PROMPT:
             items.append(Item(path.name, found["prompt"], int(found["index"])))
     if not items:

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import IO
 
 from fewstep.metrics.outside.contract import Answer, Request, read_answer
@@ -22,6 +22,8 @@ PROGRESS = re.compile(r"progress: (\d+)/(\d+)")
 """A line on standard error, in whatever unit the adapter counts."""
 TAIL = 5
 """Last lines of standard error that an error message repeats."""
+PATIENCE = 5.0
+"""Seconds that are waited for the rest of standard error, once the child has ended."""
 PASSED = (
     *("PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS"),
@@ -120,7 +122,8 @@ def _run(
     finally:
         os.close(life)
     assert child.stderr is not None
-    reader = Thread(target=_listen, args=(child.stderr, last, len(request.items), advance), daemon=True)
+    over = Event()
+    reader = Thread(target=_listen, args=(child.stderr, last, len(request.items), advance, over), daemon=True)
     reader.start()
     try:
         return child.wait(timeout)
@@ -129,19 +132,23 @@ def _run(
             os.killpg(child.pid, signal.SIGKILL)
         os.close(ours)
         child.wait()
-        reader.join(5)  # what has left the group may hold standard error open
+        reader.join(PATIENCE)  # what has left the group may hold standard error open
+        over.set()
 
 
-def _listen(lines: Iterable[str], last: deque[str], total: int, advance: Callable[[int], None] | None) -> None:
-    """Keep the last lines; of `progress: N/M` tell the share in items."""
+def _listen(lines: IO[str], last: deque[str], total: int, advance: Callable[[int], None] | None, over: Event) -> None:
+    """Keep the last lines; of `progress: N/M` tell the share in items, until it is over.  Closes what it reads: from
+    another thread that would wait for the line being read.
+    """
     done = 0
-    for line in lines:
-        line = line.strip()
-        found = PROGRESS.fullmatch(line)
-        if found is None:
-            last.extend([line] if line else [])
-        elif advance is not None and int(found[2]):
-            now = min(total, total * int(found[1]) // int(found[2]))
-            if now > done:
-                advance(now - done)
-                done = now
+    with lines:
+        for line in lines:
+            line = line.strip()
+            found = PROGRESS.fullmatch(line)
+            if found is None:
+                last.extend([line] if line else [])
+            elif advance is not None and int(found[2]) and not over.is_set():
+                now = min(total, total * int(found[1]) // int(found[2]))
+                if now > done:
+                    advance(now - done)
+                    done = now

@@ -22,7 +22,8 @@ class Score:
     title: of its figures.  version: of the adapter and of what is made of its answer; figures of two do not compare.
     layout: of the pictures: a line of a file each, HPSv2's styles, GenEval's tasks, or videos named by their prompts.
     count: of a published figure; fewer rename it; None: no such number.  settings: options that are part of the name.
-    options: which the user may give, in words; they name places, and change no figure.  environment: how to make it.
+    options: which the user may give, in words; they name places, and change no figure.  required: sets of them, one of
+    which must be there, if any.  environment: how to make it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Score:
     prompts: str = "any, a line of a file for each image in the order of their names"
     settings: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+    required: Sequence[Sequence[str]] = ()
     version: int = 1
 
 
@@ -85,6 +87,7 @@ _TABLE = (
             "detector": "the folder of its Mask2Former",
             "results": "what its evaluate_images.py wrote",
         },
+        required=(("results",), ("evaluator", "detector")),
     ),
     Score(
         name="vbench",
@@ -104,6 +107,11 @@ _TABLE = (
     ),
 )
 SCORES = {score.name: score for score in _TABLE}
+
+
+def is_ours(score: Score) -> bool:
+    """Whether it is of the table.  A user's own is called as its file, which may be called like one of these."""
+    return SCORES.get(score.name) is score
 
 
 def find_score(name: str) -> Score:

@@ -24,7 +24,10 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
     options, told = asked["options"], {"contract": 1, "metric": asked["metric"]}
-    if "results" in options:
+    if not asked["items"]:
+        check(options)
+        told["scores"] = {}
+    elif "results" in options:
         told["scores"] = verdicts(options["results"], asked["items"])
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -33,6 +36,26 @@ def main() -> None:
     told["seconds"] = time.monotonic() - began
     with answer:
         json.dump(told, answer)
+
+
+def check(options: dict) -> None:
+    """All that can be known without pictures, for which a request without any asks.
+
+    The evaluator imports everything, and looks for its GPU, before it prints its help.
+    """
+    if "results" in options:
+        verdicts(options["results"], [])
+        return
+    os.stat(os.path.join(options["detector"], DETECTOR))
+    run(options, "--help")
+
+
+def run(options: dict, *arguments: str) -> None:
+    """Run the evaluator.  Where it fails this exits as it did, so that the last lines are the evaluator's own."""
+    script = os.path.join(options["evaluator"], "evaluation", "evaluate_images.py")
+    code = subprocess.run([sys.executable, script, *arguments], check=False).returncode
+    if code != 0:
+        sys.exit(code)
 
 
 def evaluated(asked: dict, folder: str) -> str:
@@ -50,9 +73,7 @@ def evaluated(asked: dict, folder: str) -> str:
         described = os.path.join(os.path.dirname(os.path.dirname(link)), "metadata.jsonl")
         with open(described, "w", encoding="utf-8") as file:
             json.dump(item["extra"], file)
-    script = os.path.join(asked["options"]["evaluator"], "evaluation", "evaluate_images.py")
-    command = [sys.executable, script, images, "--outfile", results, "--model-path", asked["options"]["detector"]]
-    subprocess.run(command, check=True)
+    run(asked["options"], images, "--outfile", results, "--model-path", asked["options"]["detector"])
     return results
 
 

@@ -10,6 +10,7 @@ Run with the package and a small random network: the same as its `hpsv2.score`. 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -24,18 +25,29 @@ def main() -> None:
     asked, began = json.load(sys.stdin), time.monotonic()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    score, checkpoint = load(asked["options"])
+    options, device = asked["options"], device_of(asked["device"])
+    check(options)
     told = {"contract": 1, "metric": asked["metric"], "package": package("hpsv2"), "scores": {}}
-    told["weights"] = {os.path.basename(checkpoint): sha256(checkpoint)}
-    for item in asked["items"]:
-        told["scores"][item["file"]] = score(os.path.join(asked["folder"], item["file"]), item["prompt"])
-        print(f"progress: {len(told['scores'])}/{len(asked['items'])}", file=sys.stderr)
+    if asked["items"]:
+        score, checkpoint = load(options, device)
+        told["weights"] = {os.path.basename(checkpoint): sha256(checkpoint)}
+        for item in asked["items"]:
+            told["scores"][item["file"]] = score(os.path.join(asked["folder"], item["file"]), item["prompt"])
+            print(f"progress: {len(told['scores'])}/{len(asked['items'])}", file=sys.stderr)
     told["seconds"] = time.monotonic() - began
     with answer:
         json.dump(told, answer)
 
 
-def load(options: dict) -> tuple:
+def check(options: dict) -> None:
+    """All that can be known without weights, for which a request without pictures asks: ImportError or OSError."""
+    for name in ("hpsv2.src.open_clip", "hpsv2.utils", "huggingface_hub"):
+        importlib.import_module(name)
+    if "checkpoint" in options:
+        os.stat(options["checkpoint"])
+
+
+def load(options: dict, device: str) -> tuple:
     """(file, prompt) -> cosine, and the checkpoint that it is by."""
     import huggingface_hub  # type: ignore
     import torch
@@ -46,7 +58,6 @@ def load(options: dict) -> tuple:
     checkpoint = options.get("checkpoint")
     if not checkpoint:
         checkpoint = huggingface_hub.hf_hub_download("xswu/HPSv2", hps_version_map[options["version"]])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, prepare = create_model_and_transforms(
         MODEL, None, precision="amp", device=device, light_augmentation=True, aug_cfg={}, output_dict=True
     )
@@ -61,6 +72,16 @@ def load(options: dict) -> tuple:
             return float((seen["image_features"] @ seen["text_features"].T)[0, 0])
 
     return score, checkpoint
+
+
+def device_of(name: str) -> str:
+    """cuda or cpu; auto is cuda if there is one.  Raises ValueError for cuda where there is none."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device 'cuda' is not available to torch in this environment; usable: auto, cpu")
+    return "cuda" if found and name != "cpu" else "cpu"
 
 
 def package(name: str) -> str | None:

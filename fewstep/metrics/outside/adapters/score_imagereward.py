@@ -7,6 +7,7 @@ Run with the package and small random networks; not yet with the real weights.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -23,15 +24,25 @@ def main() -> None:
     asked, began = json.load(sys.stdin), time.monotonic()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    score, checkpoint = load(asked["options"], asked["device"])
+    options, device = asked["options"], device_of(asked["device"])
+    check(options)
     told = {"contract": 1, "metric": asked["metric"], "package": package("image-reward"), "scores": {}}
-    told["weights"] = {os.path.basename(checkpoint): sha256(checkpoint)}
-    for item in asked["items"]:
-        told["scores"][item["file"]] = score(os.path.join(asked["folder"], item["file"]), item["prompt"])
-        print(f"progress: {len(told['scores'])}/{len(asked['items'])}", file=sys.stderr)
+    if asked["items"]:
+        score, checkpoint = load(options, device)
+        told["weights"] = {os.path.basename(checkpoint): sha256(checkpoint)}
+        for item in asked["items"]:
+            told["scores"][item["file"]] = score(os.path.join(asked["folder"], item["file"]), item["prompt"])
+            print(f"progress: {len(told['scores'])}/{len(asked['items'])}", file=sys.stderr)
     told["seconds"] = time.monotonic() - began
     with answer:
         json.dump(told, answer)
+
+
+def check(options: dict) -> None:
+    """All that can be known without weights, for which a request without pictures asks: ImportError or OSError."""
+    importlib.import_module("ImageReward")
+    for path in options.values():
+        os.stat(path)
 
 
 def load(options: dict, device: str) -> tuple:
@@ -40,14 +51,23 @@ def load(options: dict, device: str) -> tuple:
     import torch
 
     checkpoint = options.get("checkpoint")
-    place = {} if device == "auto" else {"device": device}
-    model = ImageReward.load(checkpoint or MODEL, med_config=options.get("med_config"), **place)
+    model = ImageReward.load(checkpoint or MODEL, device=device, med_config=options.get("med_config"))
 
     def score(file: str, prompt: str) -> float:
         with torch.no_grad():
             return float(model.score(prompt, file))
 
     return score, checkpoint or os.path.expanduser(DOWNLOADED)
+
+
+def device_of(name: str) -> str:
+    """cuda or cpu; auto is cuda if there is one.  Raises ValueError for cuda where there is none."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device 'cuda' is not available to torch in this environment; usable: auto, cpu")
+    return "cuda" if found and name != "cpu" else "cpu"
 
 
 def package(name: str) -> str | None:

@@ -49,6 +49,8 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             found = evaluated(asked, folder)
+    if not asked["items"]:  # only whether it could be made was asked
+        found = {}
     scores = {item["file"]: {} for item in asked["items"]}  # a video in which a dimension sees nothing has none
     for dimension, (_, videos) in found.items():
         for video in videos:
@@ -61,15 +63,15 @@ def main() -> None:
 
 
 def evaluated(asked: dict, folder: str) -> dict:
-    """[figure, scores of videos] by dimension, one after another."""
+    """[figure, scores of videos] by dimension, one after another; without videos of none."""
     import torch
     import vbench  # type: ignore
 
     options, found = asked["options"], {}
     info = options.get("full_info") or os.path.join(os.path.dirname(vbench.__file__), "VBench_full_info.json")
-    device = torch.device("cuda" if asked["device"] == "auto" else asked["device"])
+    device = torch.device(device_of(asked["device"]))
     bench = vbench.VBench(device, info, folder)  # type: ignore
-    for dimension in DIMENSIONS:
+    for dimension in DIMENSIONS if asked["items"] else ():
         bench.evaluate(
             videos_path=asked["folder"],
             name=dimension,
@@ -88,6 +90,16 @@ def read(path: str) -> dict:
     """A file of results."""
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def device_of(name: str) -> str:
+    """cuda or cpu; auto is cuda if there is one.  Raises ValueError for cuda where there is none."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device 'cuda' is not available to torch in this environment; usable: auto, cpu")
+    return "cuda" if found and name != "cpu" else "cpu"
 
 
 def package(name: str) -> str | None:

@@ -24,6 +24,9 @@ class no_grad:
 
 def device(name):
     return name
+
+class cuda:
+    is_available = staticmethod(lambda: __import__("os").environ.get("CUDA_VISIBLE_DEVICES") == "0")
 """
 
 
@@ -44,9 +47,9 @@ def stage(tmp_path):
     return built
 
 
-def asked(name: str, python: Path, folder: Path, items, told=None, **options):
+def asked(name: str, python: Path, folder: Path, items, told=None, device="cpu", **options):
     score = SCORES[name]
-    request = Request(name, folder, items, "cpu", dict(score.settings) | options)
+    request = Request(name, folder, items, device, dict(score.settings) | options)
     return ask(Place(python, score.adapter, score.environment), request, timeout=120, advance=told)
 
 
@@ -72,7 +75,7 @@ def load(path, map_location, weights_only):
     with open(path) as file:
         return json.load(file)
 
-cuda = SimpleNamespace(amp=SimpleNamespace(autocast=no_grad), is_available=lambda: False)
+cuda.amp = SimpleNamespace(autocast=no_grad)
 """
 )
 """Tensors of one number."""
@@ -262,12 +265,72 @@ def test_vbench_reads_results_of_another_machine(stage, tmp_path):
     assert answer.scores == {"a cat-0.mp4": {"scene": 0.25, "color": 0.25}, "a red dog-0.mp4": {}}
 
 
+EMPTY = {
+    "torch.py": NO_TORCH,
+    "huggingface_hub.py": "def hf_hub_download(*_): return 'nowhere'\n",
+    "hpsv2/__init__.py": "",
+    "hpsv2/utils.py": "hps_version_map = {'v2.1': ''}\n",
+    "hpsv2/src/__init__.py": "",
+    "hpsv2/src/open_clip.py": "",
+    "ImageReward.py": "",
+    "vbench/__init__.py": "VBench = print\n",
+}
+"""Packages that can be imported, and nothing more."""
+
+
 @pytest.mark.parametrize("name", ["hpsv2.1", "imagereward", "vbench"])
-def test_without_its_package_the_remedy_is_told(stage, tmp_path, name):
+def test_without_pictures_nothing_is_loaded(stage, tmp_path, name):
+    """The package is imported, which the next test shows.  Mutation: a model is made for no picture."""
+    answer = asked(name, stage(EMPTY), tmp_path, [])
+    assert (answer.scores, answer.figures, answer.weights) == ({}, {}, {})
+
+
+def test_without_pictures_geneval_looks_for_its_evaluator(stage, tmp_path):
+    """And for the detector, or the results.  Mutation: an answer before either was looked for."""
+    results, places = tmp_path / "results.jsonl", {"evaluator": str(tmp_path), "detector": str(tmp_path)}
+    with pytest.raises(ChildProcessError, match=r"No such file .*results"):
+        asked("geneval", stage({}), tmp_path, [], results=str(results))
+    results.write_text(json.dumps({"filename": "00000/samples/0000.png", "tag": "colors", "correct": True}) + "\n")
+    assert asked("geneval", stage({}), tmp_path, [], results=str(results)).scores == {}
+    with pytest.raises(ChildProcessError, match=r"No such file .*mask2former"):
+        asked("geneval", stage({}), tmp_path, [], **places)
+    (tmp_path / "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth").write_bytes(b"x")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluate_images.py").write_text("import mmdet\n")
+    with pytest.raises(ChildProcessError, match="No module named 'mmdet'"):
+        asked("geneval", stage({}), tmp_path, [], **places)
+    (tmp_path / "evaluation" / "evaluate_images.py").write_text(EVALUATOR)
+    assert asked("geneval", stage({}), tmp_path, [], **places).scores == {}
+
+
+ON = {
+    "hpsv2/src/open_clip.py": "get_tokenizer = None\ndef create_model_and_transforms(*_, device, **__):",
+    "ImageReward.py": "def load(*_, device, **__):",
+    "vbench/__init__.py": "def VBench(device, *_):",
+}
+
+
+@pytest.mark.parametrize("name", ["hpsv2.1", "imagereward", "vbench"])
+@pytest.mark.parametrize(
+    ("device", "gpus", "words"),
+    [("auto", "", "on cpu"), ("auto", "0", "on cuda"), ("cpu", "0", "on cpu"), ("cuda", "0", "on cuda")]
+    + [("cuda", "", "'cuda' is not available to torch in this environment; usable: auto, cpu")],
+)
+def test_the_device_is_the_one_asked_for(stage, tmp_path, monkeypatch, name, device, gpus, words):
+    """Mutations: what is there is taken, whatever was asked for; auto is always cuda."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    python = stage(EMPTY | {file: f"{code} raise SystemExit(f'on {{device}}')\n" for file, code in ON.items()})
+    with pytest.raises(ChildProcessError, match=words):
+        asked(name, python, tmp_path, VIDEOS, device=device)
+
+
+@pytest.mark.parametrize("name", ["hpsv2.1", "imagereward", "vbench"])
+@pytest.mark.parametrize("items", [VIDEOS, []], ids=["videos", "none"])
+def test_without_its_package_the_remedy_is_told(stage, tmp_path, name, items):
     """A script's own name would hide that. Mutation: an adapter called like its package, which then imports itself."""
     modules = {"torch.py": NO_TORCH, "huggingface_hub.py": ""}
     with pytest.raises(ChildProcessError, match=r"No module named .*pip install") as caught:
-        asked(name, stage(modules), tmp_path, VIDEOS)
+        asked(name, stage(modules), tmp_path, items)
     assert SCORES[name].environment in str(caught.value)
 
 

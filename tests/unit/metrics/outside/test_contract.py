@@ -58,6 +58,7 @@ BAD = {
     "unknown-file": (changed(scores=WHOLE["scores"] | {"z.png": 1}), "scored 'z.png', which it was not asked for"),
     "nan": (changed(scores={"a.png": float("nan"), "b/c.png": 1}), "the score of 'a.png' is nan"),
     "infinite": (changed(scores={"a.png": 1, "b/c.png": {"edges": float("inf")}}), "'b/c.png'.edges is inf"),
+    "huge": (changed(scores={"a.png": 10**400, "b/c.png": 1}), "the score of 'a.png' is 1000"),
     "text": (changed(scores={"a.png": "1", "b/c.png": 1}), "the score of 'a.png' is '1'"),
     "true": (changed(scores={"a.png": True, "b/c.png": 1}), "the score of 'a.png' is True"),
     "figure": (changed(figures={"edges": float("nan")}), "figures.edges is nan"),
@@ -69,7 +70,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_answer_is_refused(case):
-    """Mutations: any of the checks left out; NaN, which Python's JSON reads; true, which is a number to Python."""
+    """Mutations: any of the checks left out; NaN and 10^400, which Python's JSON reads; true, a number to Python."""
     text, words = BAD[case]
     with pytest.raises(ValueError) as caught:
         read_answer(text, REQUEST)

@@ -74,6 +74,21 @@ def test_names_of_videos_are_their_prompts(tmp_path):
         of_videos(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("a cat-0.gif", "are both number 0 of one prompt"),
+        ("a cat-00.mp4", "is not called PROMPT-NUMBER"),
+        ("a cat-\u0661.mp4", "is not called PROMPT-NUMBER"),
+    ],
+)
+def test_a_video_is_there_once(tmp_path, other, words):
+    """Mutations: two endings, or two spellings of a number (the last is Arabic's 1), are two draws of a prompt."""
+    touch(tmp_path, "a cat-0.mp4", other)
+    with pytest.raises(ValueError, match=words):
+        of_videos(tmp_path)
+
+
 def test_wrong_names_are_told(styles, tasks, tmp_path):
     """Mutation: a picture of another name is left out, and the figure is of the rest."""
     images = tmp_path / "images"

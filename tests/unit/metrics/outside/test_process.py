@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.metrics.outside import process
 from fewstep.metrics.outside.contract import Item, Request
 from fewstep.metrics.outside.process import PASSED, Place, ask, environment_of
 
@@ -154,6 +155,29 @@ def test_workers_it_left_behind_end_with_it(place, tmp_path):
     began = time.monotonic()
     ask(place(SLEEPER + PRINT), request(tmp_path, pids=str(tmp_path / "pids")), timeout=60)
     assert all(map(ended, pids_in(tmp_path / "pids"))) and time.monotonic() - began < 30
+
+
+def test_once_it_has_answered_no_progress_is_told(place, tmp_path, monkeypatch):
+    """A worker that left the group holds standard error and writes on.  Mutations: a bar that is closed is moved;
+    standard error is never closed.
+    """
+    monkeypatch.setattr(process, "PATIENCE", 0.1)
+    children, told = [], []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            children.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    late = "import sys, time; time.sleep(2); print('progress: 4/4', file=sys.stderr)"
+    worker = f"subprocess.Popen([sys.executable, '-c', {late!r}], start_new_session=True)\n"
+    ask(place(worker + PRINT), request(tmp_path), timeout=60, advance=told.append)
+    (child,) = children
+    until = time.monotonic() + 20
+    while not child.stderr.closed and time.monotonic() < until:
+        time.sleep(0.02)
+    assert child.stderr.closed and told == []
 
 
 def test_a_killed_parent_takes_it_along(place, tmp_path):
