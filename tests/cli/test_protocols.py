@@ -245,7 +245,8 @@ REFUSALS = {
     "prompt-count": (None, ["--clip", "clip", "--prompts", "two.txt"], ["2 prompts for 20 images"]),
     "clip": (None, ["--clip", "clip", "--prompts", "twenty.txt"], ["no CLIP weights"]),
     "samples-of-a-folder": (None, ["-n", "5"], ["are of a run's student"]),
-    "hash": (None, ["--sha256", "00"], ["should begin with 00"]),
+    "hash": (None, ["--sha256", "00000000"], ["should begin with 00000000"]),
+    "no-hash": (None, ["--sha256", ""], ["is no SHA-256"]),
     "teacher": (None, ["--recompute-teacher"], ["--recompute-teacher", "without --protocol"]),
     "device": (None, ["--device", "tpu"], ["device 'tpu'", "allowed"]),
 }
