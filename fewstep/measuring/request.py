@@ -57,7 +57,7 @@ class Request:
     def scorer(self) -> Scorer | None:
         """The protocol's CLIP, if one was given."""
         if self.clip is None or self.protocol not in DMD2_CLIP:
-            return None if self.clip is None else read_clip(self.clip)
+            return None if self.clip is None else read_clip(self.clip, device=device_of(self.device))
         return read_open_clip(self.clip, sha256=self.clip_sha256, device=device_of(self.device))
 
 
