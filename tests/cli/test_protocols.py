@@ -181,6 +181,7 @@ def test_the_packaged_reference_needs_no_file(cli, tmp_path):
     done = cli("eval", tmp_path / "images", *FASHION)
     assert done.exit_code == 0, done.output
     (line,) = lines(tmp_path / "images" / "figures.jsonl")
+    assert line["folder"] == str((tmp_path / "images").resolve())
     features, _ = extract(load_fashion_classifier(), pixels[:, None])
     assert line["figures"]["FMD@130"] == pytest.approx(moments_distance(Moments.of(features), load_reference()))
 
