@@ -35,7 +35,7 @@ class Line:
     name, steps: the model and its network evaluations, None where only pictures were there.  figures: by name.
     spread: their deviations, or with `interval` half of the 95% interval over prompts.  n, seeds: samples of each of so
     many sets.  least: minima over the sets.  trainings: seeds of training that the figures are means over.
-    protocol: its hash.
+    protocol: its hash.  folder: of the model or its pictures, where that is known; it tells models of one name apart.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Line:
     trainings: int = 1
     interval: bool = False
     least: Mapping[str, float] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,16 @@ def read(source: Path) -> list[Line]:
             results = {line.name: line for line in (_of_result(found) for found in newest if "student" in found)}
             return [*results.values(), *_of_figures([found for found in newest if "student" not in found], path)]
         record = json.loads(path.read_text(encoding="utf-8"))
-        return [_line(_name(source, row), row, row["steps"], record["protocol_hash"]) for row in record["rows"]]
+        return [_of_row(source, row, record["protocol_hash"]) for row in record["rows"]]
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} holds no results: {type(error).__name__} {error}") from error
 
 
-def _name(source: Path, row: Mapping[str, Any]) -> str:
-    return row["model"] if row["stored"] or row["model"] == "teacher" else f"{source.name}: {row['model']}"
+def _of_row(source: Path, row: Mapping[str, Any], protocol: str) -> Line:
+    if row["stored"] or row["model"] == "teacher":
+        return _line(row["model"], row, row["steps"], protocol)
+    found = _line(f"{source.name}: {row['model']}", row, row["steps"], protocol)
+    return replace(found, folder=source.resolve())
 
 
 def _of_result(found: Mapping[str, Any]) -> Line:
@@ -86,29 +90,38 @@ def _of_result(found: Mapping[str, Any]) -> Line:
 
 
 def _of_figures(newest: Sequence[Mapping[str, Any]], path: Path) -> list[Line]:
-    """A line for each model, protocol and number of samples; sets of other seeds become their mean.
+    """A line for each model, folder, protocol and number of samples; sets of other seeds become their mean.
 
     Sets of another checkpoint replace the earlier ones.  What stands there of several sets already is of these very
     lines.
     """
-    groups: dict[tuple[str, str, int], dict[int | None, Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, Path | None, str, int], dict[int | None, Mapping[str, Any]]] = {}
     for found in newest:
         if "seeds" in found:
             continue
-        name = found.get("name") or Path(found.get("images") or path.resolve().parent).name
-        sets = groups.setdefault((name, found["protocol_hash"], found["n"]), {})
+        folder = _folder(found, path)
+        name = found.get("name") or (folder or path.resolve().parent).name
+        sets = groups.setdefault((name, folder, found["protocol_hash"], found["n"]), {})
         if any(other.get("iteration") != found.get("iteration") for other in sets.values()):
             sets.clear()
         sets[found.get("seed")] = found
     return [_of_sets(*group, list(sets.values())) for group, sets in groups.items()]
 
 
-def _of_sets(name: str, protocol: str, n: int, sets: Sequence[Mapping[str, Any]]) -> Line:
+def _folder(found: Mapping[str, Any], path: Path) -> Path | None:
+    """As the line says; else the file's own, if that is where what the line names lies."""
+    if said := found.get("folder") or found.get("images"):
+        return Path(said).resolve()
+    own = path.resolve().parent
+    return own if found.get("name") in ("", None, own.name) else None
+
+
+def _of_sets(name: str, folder: Path | None, protocol: str, n: int, sets: Sequence[Mapping[str, Any]]) -> Line:
     lines = []
     for found in sets:
         halves = {figure: (high - low) / 2 for figure, (low, high) in (found.get("intervals") or {}).items()}
         steps, interval = found.get("steps"), bool(halves)
-        lines.append(Line(name, steps, found["figures"], n, protocol, spread=halves, interval=interval))
+        lines.append(Line(name, steps, found["figures"], n, protocol, spread=halves, interval=interval, folder=folder))
     made = replace(_mean(name, lines), seeds=len(sets), trainings=1)
     least = {figure: min(line.figures[figure] for line in lines) for figure in made.figures}
     return replace(made, least=least if len(sets) > 1 else {})
@@ -119,12 +132,16 @@ def _line(name: str, row: Mapping[str, Any], steps: float | None, protocol: str)
 
 
 def over_trainings(lines: Sequence[Line]) -> list[Line]:
-    """Lines that differ in the seed of training alone ("NAME-seed1") become one, with mean and deviation over those."""
-    groups: dict[tuple[str, float | None, str, int], list[Line]] = {}
+    """Lines that differ in the seed of training alone ("NAME-seed1") become one, with mean and deviation over those.
+
+    Their folders lie beside each other: what has one name elsewhere is another model.
+    """
+    groups: dict[tuple[str, Path | None, float | None, str, int], list[Line]] = {}
     for line in lines:
         stem, _, seed = line.name.rpartition("-seed")
         name = stem if stem and seed.isdecimal() else line.name
-        groups.setdefault((name, line.steps, line.protocol, line.n), []).append(line)
+        folder = line.folder and line.folder.with_name(name)
+        groups.setdefault((name, folder, line.steps, line.protocol, line.n), []).append(line)
     return [_mean(name, group) for (name, *_), group in groups.items()]
 
 
@@ -162,9 +179,9 @@ def _table(lines: Sequence[Line], figures: Sequence[str]) -> Table:
     kinds = list(dict.fromkeys(_kind(line) for line in lines))
     marks = {kind: _mark(place) if len(kinds) > 1 else "" for place, kind in enumerate(kinds)}
     rows, bold = [], set()
-    for line in lines:
-        cells = [cell(name, line.figures, line.spread, line.least) for name in columns]
-        rows.append((line.name + marks[_kind(line)], "-" if line.steps is None else f"{line.steps:g}", *cells))
+    for line, name in zip(lines, _names(lines)):
+        cells = [cell(column, line.figures, line.spread, line.least) for column in columns]
+        rows.append((name + marks[_kind(line)], "-" if line.steps is None else f"{line.steps:g}", *cells))
     for place, name in enumerate(columns):
         for row in best_rows(name, [line.figures for line in lines]):
             bold.add((row, place + 2))
@@ -180,6 +197,20 @@ def _distinct(lines: Sequence[Line]) -> list[Line]:
         if line not in found:
             found.append(line)
     return found
+
+
+def _names(lines: Sequence[Line]) -> list[str]:
+    """The lines' names, where two are equal with as many of the folders above them as tell them apart."""
+
+    def name_of(line: Line) -> str:
+        others = {other.folder for other in lines if other.name == line.name and other.folder} - {line.folder}
+        if line.folder is None or not others:
+            return line.name
+        parts = line.folder.parts
+        depth = next(k for k in range(2, len(parts) + 2) if all(other.parts[-k:] != parts[-k:] for other in others))
+        return Path(*parts[-depth:-1], line.name).as_posix()
+
+    return [name_of(line) for line in lines]
 
 
 def _mark(place: int) -> str:

@@ -16,10 +16,12 @@ from fewstep.environment import describe, device_of
 from fewstep.measuring import FILE, append
 from fewstep.metrics.diversity import SIZE, check_per_prompt, diversities
 from fewstep.metrics.protocols import protocol_hash
-from fewstep.models.perception import vgg_lpips
+from fewstep.models.perception import Distance, VggLpips
 from fewstep.processes import ALONE, Processes
 from fewstep.sampling import check_count, sample_teacher
 from fewstep.students import load_student
+from fewstep.teachers.base import TeacherCard
+from fewstep.training.checkpoint import fingerprint
 
 TEACHER_STEPS = 50
 COLUMNS = {"model": "model", "steps": "steps", "prompts": "prompts", "per_prompt": "images of each"}
@@ -58,12 +60,12 @@ def measure_diversity(
     check_count("n", n)
     if n > len(different):
         raise ValueError(f"--n {n} prompts are asked for, and there are {len(different)} different ones")
-    place, distance = device_of(device), teacher.lpips()
-    figure = "LPIPS diversity" if teacher.lpips is vgg_lpips else "feature diversity"
-
+    place, distance = device_of(device), processes.main_first(teacher.lpips)
+    figure = "LPIPS diversity" if isinstance(distance, VggLpips) else "feature diversity"
     protocol = {"figure": figure, "prompts": different[:n], "per_prompt": per_prompt, "shorter_edge": SIZE}
+    protocol["distance"] = _told(distance, teacher.card)
 
-    def measured(model: str, steps: int, make: Callable[..., Tensor]) -> dict[str, Any]:
+    def measured(model: str, steps: int, make: Callable[..., Tensor], told: dict[str, Any]) -> dict[str, Any]:
         def means(own: range) -> tuple[Tensor]:
             """A prompt at a time: all pictures of all prompts would fit no memory."""
             groups = (make(per_prompt, [different[i]], seed + i * per_prompt, batch_size=batch_size) for i in own)
@@ -75,18 +77,27 @@ def measure_diversity(
             return (torch.tensor(found, dtype=torch.float64),)
 
         (values,) = processes.gather(n, 1, means)
-        name = run.resolve().name if model == "student" else model
-        made = {"name": name, "model": model, "steps": steps, "iteration": student.iteration, "seed": seed}
-        made |= {"prompts": n, "per_prompt": per_prompt, "n": n * per_prompt}
+        mean = processes.on_main(lambda: float(values.mean()))  # the others have the values of their own prompts
+        made = told | {"model": model, "steps": steps, "seed": seed}
+        made |= {"prompts": n, "per_prompt": per_prompt, "n": n * per_prompt, "distance": protocol["distance"]}
         made |= {"protocol": "diversity", "protocol_hash": protocol_hash(protocol)}
-        return made | {"figures": {figure: float(values.mean())}, "environment": describe()}
+        return made | {"figures": {figure: mean}, "environment": describe()}
 
     records = []
     if with_teacher:
         make = partial(sample_teacher, teacher.to(place), num_steps=TEACHER_STEPS)
-        records.append(measured("teacher", TEACHER_STEPS, make))
-    records.append(measured("student", student.sampler.num_steps, student.sample))
+        # Whoever is its student: one teacher beside several runs is one model.
+        records.append(measured("teacher", TEACHER_STEPS, make, {"name": teacher.card.name, "iteration": None}))
+    own = {"name": run.resolve().name, "folder": str(run.resolve()), "iteration": student.iteration}
+    records.append(measured("student", student.sampler.num_steps, student.sample, own))
     if processes.main:
         for record in records:
             append(to or run / FILE, record)
     return records
+
+
+def _told(distance: Distance, card: TeacherCard) -> dict[str, str]:
+    """What tells distances apart; the embedded teachers, of one source, share the network of theirs."""
+    if isinstance(distance, VggLpips):
+        return {"torchmetrics": distance.version, "weights": fingerprint(distance.net)}
+    return {"of": card.source}

@@ -81,6 +81,14 @@ class Processes:
                 dist.broadcast_object_list(made, 0, self.group)
         return made[0]  # type: ignore[return-value]
 
+    def main_first(self, work: Callable[[], T]) -> T:
+        """What each process gets from `work`, the others after the main one: what that downloads is there for them."""
+        made = [work()] if self.main else []
+        if self.count > 1:
+            with _told():
+                dist.barrier(self.group)
+        return made[0] if made else work()
+
     def _any(self, value: bool) -> bool:
         flag = torch.tensor([int(value)])
         with _told():

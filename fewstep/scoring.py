@@ -98,7 +98,8 @@ def score(
             console.print(said, highlight=False, markup=False, soft_wrap=True)
         with bar(found.name, len(items), console) as done:
             answer = ask(place, replace(request, folder=folder, items=items), timeout=asked.timeout, advance=done)
-        record = {"name": (images or target).resolve().name, **_described(found, asked, expected, answer), **told}
+        shown = (images or target).resolve()
+        record = {"name": shown.name, "folder": str(shown), **_described(found, asked, expected, answer), **told}
         kept = file.with_name(f"{file.stem}-{found.name}-{_digest(record, images or target, answer)}.json")
         write_text(kept, json.dumps(asdict(answer), ensure_ascii=False) + "\n")
         means = {name + suffix: mean for name, mean in found.summary(found.title, items, answer).items()}

@@ -80,12 +80,13 @@ def measure(
         protocol, request, extractor, scorer, {"file": name, "sha256": reference.sha256, "n": reference.whole.n}
     )
     if files is not None:
-        sets = iter([({"images": str(images or target)}, of_files(files, views, extractor.channels), prompts)])
+        told = {"images": str(images or target), "folder": str((images or target).resolve())}
+        sets = iter([(told, of_files(files, views, extractor.channels), prompts)])
     else:
         student = load_student(target, which=which, device=request.device)
         firsts = range(seed, seed + count * seeds, count)
         sets = samples_of(student, views, extractor.channels, prompts, firsts, batch_size)
-        record["name"] = target.resolve().name
+        record |= {"name": target.resolve().name, "folder": str(target.resolve())}
     groups = [path.parent.name for path in files or () if protocol.categories]
     records = []
     for told, pictures, texts in sets:

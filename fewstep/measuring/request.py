@@ -18,6 +18,7 @@ from fewstep.metrics.reference import (
     check_enough,
 )
 from fewstep.metrics.suite import SUBSET_SIZE
+from fewstep.metrics.weights import check_sha256
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,21 @@ class Request:
     def scorer(self) -> Scorer | None:
         """The protocol's CLIP, if one was given."""
         if self.clip is None or self.protocol not in DMD2_CLIP:
-            return None if self.clip is None else read_clip(self.clip)
+            return None if self.clip is None else read_clip(self.clip, device=device_of(self.device))
         return read_open_clip(self.clip, sha256=self.clip_sha256, device=device_of(self.device))
 
 
 def check_asked(target: Path, request: Request) -> None:
-    """Raises LookupError for figures that there are not, OSError for missing folders, ValueError for a stray flag."""
+    """Raises LookupError for figures that there are not, OSError for missing folders, ValueError for wrong flags."""
     if unknown := set(request.also) - set(ALSO):
         raise LookupError(f"no figure named {', '.join(sorted(unknown))}; --also takes {', '.join(ALSO)}")
     if request.clip_sha256 is not None and (request.clip is None or request.protocol not in DMD2_CLIP):
         raise ValueError(f"--clip-sha256 goes with --clip FOLDER and {' or '.join(sorted(DMD2_CLIP))}; leave it out")
+    for given in (request.sha256, request.clip_sha256):
+        if given is not None:
+            check_sha256(given)
     if request.clip is not None and request.protocol in DMD2_CLIP:
-        check_open_clip(request.clip)
+        check_open_clip(request.clip, request.clip_sha256)
     if not target.is_dir():
         raise FileNotFoundError(f"no run or folder of images at {target}")
 

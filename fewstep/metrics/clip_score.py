@@ -150,7 +150,7 @@ def load_clip_scorer(folder: Path = FASHION_CLIP) -> ClipScorer:
     return replace(scorer, protocol=scorer.protocol | {"clip_zero_shot_accuracy": _accuracy(folder)})
 
 
-def read_clip(folder: Path) -> ClipScorer:
+def read_clip(folder: Path, *, device: torch.device | str = "cpu") -> ClipScorer:
     """The model of a folder in float32, without gradients. Its card is not looked at: this also serves to write it."""
     weights = folder / WEIGHTS
     if not weights.is_file():
@@ -164,7 +164,8 @@ def read_clip(folder: Path) -> ClipScorer:
     processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     protocol = {"clip_sha256": file_sha256(weights)} | _protocol_of(processor)
-    return ClipScorer(model.eval().requires_grad_(False), tokenizer, processor, protocol)
+    model.eval().requires_grad_(False).to(device)
+    return ClipScorer(model, tokenizer, processor, protocol)
 
 
 def _resized(pixels: Tensor, size: dict[str, int], resample: int) -> Tensor:

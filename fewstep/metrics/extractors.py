@@ -91,7 +91,7 @@ def load_extractor(
         loaded = load_inception(weights, sha256=sha256, allow_unverified=allow_unverified)
         return _inception(*loaded, resize or RESIZES[0], device)
     folder = weights or files.find([FOLDERS[name]], name)
-    known = [sha256] if sha256 else []
+    known = [] if sha256 is None else [sha256]
     digest, verified = files.verify(folder / "model.safetensors", known, allow_unverified=allow_unverified)
     return (_dinov2 if name == "dinov2" else _clip)(folder, digest, verified, device)
 

@@ -183,7 +183,7 @@ def load_inception(
     for one that does not hold these tensors.
     """
     path = path or weights.find(FILES, "FID's Inception")
-    known = (sha256,) if sha256 else KNOWN_SHA256
+    known = KNOWN_SHA256 if sha256 is None else (sha256,)
     digest, verified = weights.verify(path, known, allow_unverified=allow_unverified)
     model = Inception()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,9 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.metrics.features import file_sha256
+from fewstep.metrics.weights import begins
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 MODEL = "ViT-g-14 laion2b_s12b_b42k"
+VISION = {"image_size": 224, "layers": 40, "width": 1408, "head_width": 88, "mlp_ratio": 4.3637, "patch_size": 14}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}
+EMBEDDING = 1024
+"""Its towers, as open_clip has them by its name."""
 PREFIX = "A photo depicts "
 
 
@@ -65,8 +71,11 @@ class OpenClipScorer:
         return (seen.double() * read.double()).sum(1).cpu()
 
 
-def check_open_clip(folder: Path) -> None:
-    """Raises FileNotFoundError if this is no folder of open_clip's, ModuleNotFoundError where that is not installed."""
+def check_open_clip(folder: Path, sha256: str | None = None) -> None:
+    """Raises FileNotFoundError if this is no folder of open_clip's, ModuleNotFoundError where that is not installed.
+
+    ValueError for a model of other towers with a hash: that says it is the published one.
+    """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -75,16 +84,28 @@ def check_open_clip(folder: Path) -> None:
             )
     if find_spec("open_clip") is None:
         raise ModuleNotFoundError("this protocol's CLIP score needs open_clip: pip install 'fewstep[eval]'")
+    if sha256 is not None and not _is_named(folder / CONFIG):
+        raise ValueError(
+            f"{folder / CONFIG} describes another model than {MODEL}, whose hash is given: name the folder of that "
+            "model, or leave the hash out; then the score is called CLIP[open_clip-unverified]"
+        )
+
+
+def _is_named(config: Path) -> bool:
+    """Whether open_clip's settings of a model are those of `MODEL`."""
+    told = json.loads(config.read_text(encoding="utf-8")).get("model_cfg", {})
+    vision, text = (told.get(part, {}).items() for part in ("vision_cfg", "text_cfg"))
+    return told.get("embed_dim") == EMBEDDING and VISION.items() <= vision and TEXT.items() <= text
 
 
 def read_open_clip(folder: Path, *, sha256: str | None = None, device: torch.device | str = "cpu") -> OpenClipScorer:
     """The model of a folder.  sha256: of its weights as their publisher gives it, without which they are unverified.
 
-    Raises as `check_open_clip`, and ValueError for weights of another hash than the given one.
+    Raises as `check_open_clip`, and ValueError for weights of another hash than the given one, or what is no hash.
     """
-    check_open_clip(folder)
+    check_open_clip(folder, sha256)
     digest = file_sha256(folder / WEIGHTS)
-    if sha256 is not None and not digest.startswith(sha256):
+    if sha256 is not None and not begins(digest, [sha256]):
         raise ValueError(f"{folder / WEIGHTS} has the SHA-256 {digest}, which should begin with {sha256}")
     import open_clip  # type: ignore[import-not-found]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -66,22 +66,32 @@ def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Distance:
     return lambda x, y: lpips_of(features(x), features(y))
 
 
-def vgg_lpips() -> Distance:
-    """LPIPS with VGG16 and its learned weights, by torchmetrics; VGG's own come from torchvision's cache or site.
+@dataclass(frozen=True)
+class VggLpips:
+    """LPIPS' network `net` as a `Distance`.  version: torchmetrics'.
 
     Grey pictures are shown as three equal channels, smaller ones than 224 enlarged to it     [DMD, appendix B]
+    """
+
+    net: nn.Module
+    version: str
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.net.to(x.device)(_for_vgg(x), _for_vgg(y)).flatten()
+
+
+def vgg_lpips() -> VggLpips:
+    """LPIPS with VGG16 and its learned weights, by torchmetrics; torchvision downloads VGG's where its cache has none.
+
     Raises ModuleNotFoundError if a package is missing.
     """
     check_lpips()
+    from torchmetrics import __version__  # type: ignore[import-not-found]
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # type: ignore[import-not-found]
 
     # Its network alone: the metric around it adds up figures and refuses pictures a little outside [-1, 1].
     net = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net.requires_grad_(False)
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        return net.to(x.device)(_for_vgg(x), _for_vgg(y)).flatten()
-
-    return distance
+    return VggLpips(net, __version__)
 
 
 def check_lpips() -> None:

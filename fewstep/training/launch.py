@@ -67,8 +67,8 @@ OURS = (
 )
 LEFTOVERS = ("config.tmp", "environment.tmp", "metrics.tmp", "eval.tmp", "board.tmp", "report.tmp")
 """What a run writes into its folder (the latter if it is killed), and what --overwrite deletes."""
-COPY = (PROMPTS, LISTED, "prompts.tmp")
-"""Deleted with a run, but no sign of one: a user's own file may well have this name."""
+BESIDE = (PROMPTS, LISTED, "prompts.tmp", "figures.jsonl", "figures-*.json", "figures-*.tmp")
+"""Deleted with a run, but no sign of one: a user's own file may well have this name, and measured images have some."""
 
 
 def prepare(
@@ -250,9 +250,9 @@ def _open_folder(config: RunConfig, out: Path, resume: bool, overwrite: bool) ->
 
 def _clear(out: Path) -> None:
     """Delete what an earlier run wrote, once the new one is known to be able to start."""
-    for name in OURS + LEFTOVERS + COPY:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for name in OURS + LEFTOVERS + BESIDE:
+        for path in out.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _resumable(config: RunConfig, out: Path) -> Path | None:

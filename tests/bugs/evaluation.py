@@ -80,4 +80,13 @@ MUTANTS = (
         "seed",
         ("tests/cli/test_diversity.py::test_figure_is_the_mean_over_pairs_of_each_prompt",),
     ),
+    Mutant(
+        "mean-of-own-prompts",
+        "diversity",
+        "processes return the means over the prompts of their own",
+        "fewstep/diversity.py",
+        "processes.on_main(lambda: float(values.mean()))",
+        "float(values.mean())",
+        ("tests/cli/test_diversity.py::test_every_process_returns_the_main_ones_figure",),
+    ),
 )

@@ -199,11 +199,12 @@ def test_overwriting_a_folder_without_a_run_is_refused_and_deletes_nothing(cli, 
     """Fails if --overwrite takes any folder: a mistyped --out would lose somebody's "checkpoints"."""
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "prompts.txt").write_text("mine too, though a run has a file of this name")
+    (tmp_path / "figures.jsonl").write_text("of these images, which are measured in their folder")
     check_refused(
         cli(*toy, "--out", tmp_path, "--overwrite"), "holds files but no run", "--overwrite deletes runs only"
     )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-    assert (tmp_path / "prompts.txt").is_file()
+    assert (tmp_path / "prompts.txt").is_file() and (tmp_path / "figures.jsonl").is_file()
 
 
 def test_mistake_beside_overwrite_does_not_cost_the_old_run(cli, toy, toy_run, tmp_path):

@@ -1,13 +1,15 @@
 """`fewstep diversity`: how much a student's pictures of one prompt differ."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from fewstep import diversity
 from fewstep.metrics.features import dequantise, quantise
+from fewstep.models.perception import VggLpips
+from fewstep.processes import Processes
 from fewstep.sampling import sample_teacher
 from fewstep.students import load_student
 from tests.cli.test_bad_inputs import check_refused
@@ -51,6 +53,57 @@ def test_figure_is_the_mean_over_pairs_of_each_prompt(cli, pipeline_run, student
         assert record["figures"] == {"feature diversity": pytest.approx(expected, rel=1e-6)} and expected > 0
         assert (record["prompts"], record["per_prompt"], record["seed"]) == (2, 3, 5)
     assert "| student | 1 | 2 | 3 |" in done.stdout
+    names = [(record["name"], record.get("folder"), record["iteration"]) for record in records]
+    own = (pipeline_run.name, str(pipeline_run.resolve()), student.iteration)
+    assert names == [(student.teacher.card.name, None, None), own]
+
+
+@dataclass(frozen=True)
+class Second(Processes):
+    """The other one of two processes: its share, and what the main one says."""
+
+    def gather(self, n, batch, make):
+        return make(self.share(n, batch))
+
+    def on_main(self, work, *arguments):
+        return 7.0
+
+    def main_first(self, work):
+        return work()
+
+
+def test_every_process_returns_the_main_ones_figure(pipeline_run, student, tmp_path):
+    """Mutation: on the others it is the mean over the prompts of their own."""
+    asked = {"prompts": ["a bag", "a coat"], "device": "cpu", "to": tmp_path / "lines.jsonl"}
+    (record,) = diversity.measure_diversity(pipeline_run, 2, processes=Second(1, 2), **asked)
+    assert record["figures"] == {"feature diversity": 7.0} and not (tmp_path / "lines.jsonl").exists()
+
+
+def test_two_distances_do_not_share_a_hash(pipeline_run, tmp_path, monkeypatch):
+    """VGGs of other weights, another torchmetrics, and another source's own.  Mutation: the figure's name alone."""
+
+    def hash_of(distance, source="here"):
+        def load(*arguments, **options):
+            found = load_student(*arguments, **options)
+            card = replace(found.teacher.card, source=source)
+            return replace(found, teacher=replace(found.teacher, lpips=lambda: distance, card=card))
+
+        monkeypatch.setattr(diversity, "load_student", load)
+        (record,) = diversity.measure_diversity(pipeline_run, 2, prompts=["a bag"], device="cpu", to=tmp_path / "lines")
+        assert record["distance"]
+        return record["protocol_hash"]
+
+    class Net(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([weight]))
+
+        def forward(self, x, y):
+            return apart(x, y)
+
+    found = [hash_of(VggLpips(Net(w), version)) for w, version in ((1.0, "1"), (2.0, "1"), (1.0, "2"))]
+    found += [hash_of(apart), hash_of(apart, "there")]
+    assert len({*found}) == 5 and hash_of(VggLpips(Net(1.0), "1"), "there") == found[0]
 
 
 def test_more_prompts_than_there_are_are_refused(cli, pipeline_run, student, tmp_path):

@@ -181,6 +181,7 @@ def test_the_packaged_reference_needs_no_file(cli, tmp_path):
     done = cli("eval", tmp_path / "images", *FASHION)
     assert done.exit_code == 0, done.output
     (line,) = lines(tmp_path / "images" / "figures.jsonl")
+    assert line["folder"] == str((tmp_path / "images").resolve())
     features, _ = extract(load_fashion_classifier(), pixels[:, None])
     assert line["figures"]["FMD@130"] == pytest.approx(moments_distance(Moments.of(features), load_reference()))
 
@@ -245,7 +246,8 @@ REFUSALS = {
     "prompt-count": (None, ["--clip", "clip", "--prompts", "two.txt"], ["2 prompts for 20 images"]),
     "clip": (None, ["--clip", "clip", "--prompts", "twenty.txt"], ["no CLIP weights"]),
     "samples-of-a-folder": (None, ["-n", "5"], ["are of a run's student"]),
-    "hash": (None, ["--sha256", "00"], ["should begin with 00"]),
+    "hash": (None, ["--sha256", "00000000"], ["should begin with 00000000"]),
+    "no-hash": (None, ["--sha256", ""], ["is no SHA-256"]),
     "teacher": (None, ["--recompute-teacher"], ["--recompute-teacher", "without --protocol"]),
     "device": (None, ["--device", "tpu"], ["device 'tpu'", "allowed"]),
 }

@@ -3,15 +3,16 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -25,12 +26,19 @@ LINE = """--teacher mixture --method dmd2 --num-steps 2 --iterations 40 --batch-
 --set train.generator.schedule=cosine --set train.critic.schedule=cosine
 --set train.checkpoint_every=10 --set train.evaluate_every=20 --set train.log_every=15"""
 SETTINGS = LINE.split()
+DEADLINE = 300.0
+"""Seconds that processes have together: one that waits for a lost one would wait for `processes.PATIENCE`."""
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+@contextmanager
+def group_of(count: int) -> Iterator[dict[str, str]]:
+    """The environment in which so many processes find each other: at a store of this one's, as at torchrun's.
+
+    It has its port before anyone is told of it; one that was only free a moment ago may be another's by then.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    yield {**group, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
 @dataclass
@@ -47,7 +55,7 @@ class CommandLine:
     logs: Path
     count: int = 0
 
-    def ask(self, request: dict[str, Any]) -> int:
+    def ask(self, request: dict[str, Any]) -> Any:
         assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
@@ -67,13 +75,20 @@ class CommandLine:
 
     def together(self, count: int, *argv: str) -> list[Finished]:
         """Run `fewstep ARGV` in several processes that know of each other, as `accelerate launch` starts them."""
-        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        started = [self.start(*argv, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
-        return [self.wait(pid, log) for pid, log in started]
+        with group_of(count) as group:
+            ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+            return self.wait_for([self.start(*argv, **rank, **group) for rank in ranks])
 
     def wait(self, pid: int, log: Path) -> Finished:
-        code = self.ask({"wait": pid})
-        return Finished(code, log.read_text())
+        return self.wait_for([(pid, log)])[0]
+
+    def wait_for(self, started: Sequence[tuple[int, Path]], seconds: float = DEADLINE) -> list[Finished]:
+        """Wait for all; where that takes too long, they are killed, and the test fails with what they said."""
+        codes = self.ask({"wait": [pid for pid, _ in started], "seconds": seconds})
+        said = [log.read_text() for _, log in started]
+        if not codes:
+            pytest.fail("\n".join([f"not all processes ended in {seconds:g} s; they said:", *said]))
+        return [Finished(code, log) for code, log in zip(codes, said)]
 
     def distill(self, out: Path, *more: str, fault: dict[str, Any] | None = None) -> Finished:
         return self.run("distill", *SETTINGS, "--out", str(out), *more, fault=fault)

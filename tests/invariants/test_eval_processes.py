@@ -1,6 +1,7 @@
 """An evaluation by several processes is that of one, in all digits, and a second one is the first."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from fewstep.metrics.features import dequantise, load_fashion_classifier, load_reference
 from fewstep.metrics.frechet import Moments, moments_distance
-from tests.invariants.conftest import CommandLine
+from tests.invariants.conftest import CommandLine, group_of
 
 FASHION = ("--protocol", "fashion-fmd", "--device", "cpu")
 
@@ -118,6 +119,17 @@ def test_a_run_has_the_figures_of_one_process(cli, tmp_path):
         assert [process.code for process in done] == [0] * count, done[-1].log
         assert rows(run) == one
         assert "| student" in done[0].log and all(process.log == "" for process in done[1:])
+
+
+def test_a_process_that_waits_for_a_lost_one_is_ended(cli, tmp_path):
+    """One of two that are to meet never comes.  Mutation: no deadline, and the test hangs for two hours."""
+    draw(tmp_path / "images", 3)
+    with group_of(2) as group:
+        started = cli.start("eval", str(tmp_path / "images"), *FASHION, RANK="0", LOCAL_RANK="0", **group)
+        with pytest.raises(pytest.fail.Exception, match="not all processes ended in 1 s"):
+            cli.wait_for([started], seconds=1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
 
 
 @pytest.mark.slow

@@ -243,14 +243,18 @@ def test_moved_prompt_file_resumes(cli: CommandLine, run_folder: Path, tmp_path:
 
 
 def test_overwrite_deletes_only_what_the_run_wrote(cli: CommandLine, begun: Path, run_folder: Path):
-    """Fails with rmtree of the whole folder."""
+    """Fails with rmtree of the whole folder, and where the figures of the run before stay: a table averages both."""
     shutil.copytree(begun, run_folder)
     (run_folder / "notes.txt").write_text("mine")
+    figures = [run_folder / name for name in ("figures.jsonl", "figures-hpsv2.1.json", "figures-hpsv2.1.tmp")]
+    for path in figures:
+        path.touch()
     stale = run_folder / "checkpoints" / "00000077"
     stale.mkdir()
     done = cli.distill(run_folder, "--iterations", "1", "--overwrite")
     assert done.code == 0, done.log
     assert (run_folder / "notes.txt").read_text() == "mine" and not stale.exists()
+    assert not any(path.exists() for path in figures)
     assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 

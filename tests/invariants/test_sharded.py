@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.planning.plan import plan
 from fewstep.training.fsdp import SWITCH
 from tests.invariants import sharded as script
-from tests.invariants.conftest import ENVIRONMENT, free_port
+from tests.invariants.conftest import ENVIRONMENT, group_of
 from tests.tiny_pipeline import build_sd3
 
 Told = list[dict[str, Any]]
@@ -42,21 +42,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(folder: Path) -> Told:
     """What each of two gloo processes saw of the same runs, sharded, in folders "<case>"."""
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), SWITCH: "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script.__file__, str(folder), str(folder / "sd3")],
-            env={**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=900)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with group_of(2) as group:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script.__file__, str(folder), str(folder / "sd3")],
+                env={**ENVIRONMENT, **group, SWITCH: "true", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=900)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     return [json.loads((folder / f"told.{rank}.json").read_text()) for rank in range(2)]
 

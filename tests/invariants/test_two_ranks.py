@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.invariants import gradients as script
-from tests.invariants.conftest import ENVIRONMENT, ROOT, free_port
+from tests.invariants.conftest import ENVIRONMENT, ROOT, group_of
 
 CONFIGS = ROOT / "configs" / "accelerate"
 
@@ -20,22 +20,22 @@ CONFIGS = ROOT / "configs" / "accelerate"
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what two gloo processes saw."""
-    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script.__file__, str(folder)],
-            env={**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    folder = tmp_path_factory.mktemp("ranks")
+    with group_of(2) as group:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script.__file__, str(folder)],
+                env={**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=240)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     return folder
 
@@ -132,7 +132,7 @@ def test_our_file_for_accelerate_starts_two_processes_that_are_one(file: str, tm
         "--out",
     ]
     launch = f"-m accelerate.commands.accelerate_cli launch --config_file {CONFIGS / file}".split()
-    for name, start in (("one", []), ("two", [*launch, "--main_process_port", free_port()])):
+    for name, start in (("one", []), ("two", [*launch, "--main_process_port", "0"])):
         argv = [sys.executable, *start, *command, str(tmp_path / name)]
         done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

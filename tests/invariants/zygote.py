@@ -2,7 +2,8 @@
 
 One JSON request a line on stdin, one JSON answer a line on stdout:
 {"argv": [...], "log": path, "fault": {...} or null, "environment": {...}} -> pid of a process that runs `fewstep ARGV`
-{"wait": pid} -> its exit code, negative if a signal killed it
+{"wait": [pid, ...], "seconds": float} -> their exit codes, each negative if a signal killed it; [] if some had not
+ended by then, and all were killed
 
 A fault sends the process a signal at the n-th occurrence of an event: before it, after it, or half-way.
 """
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,22 @@ def child(request: dict[str, Any]) -> int:
     return 0
 
 
-def answer(value: int) -> None:
+def wait(pids: list[int], seconds: float) -> list[int]:
+    """Exit codes; [] where some processes take longer, which nobody waits for then."""
+    codes, until = {}, time.monotonic() + seconds
+    while len(codes) < len(pids) and time.monotonic() < until:
+        for pid in pids:
+            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+        time.sleep(0.01)
+    late = [pid for pid in pids if pid not in codes]
+    for pid in late:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return [] if late else [codes[pid] for pid in pids]
+
+
+def answer(value: int | list[int]) -> None:
     print(json.dumps(value), flush=True)
 
 
@@ -95,7 +112,7 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            answer(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]))
+            answer(wait(request["wait"], request["seconds"]))
         elif pid := os.fork():
             answer(pid)
         else:

@@ -151,3 +151,55 @@ def test_a_line_without_a_name_has_its_folders(tmp_path):
     rows = [figures("", 1.0, images="some/images"), figures("", 2.0, 7, steps=1)]
     (tmp_path / "run" / "figures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [line.name for line in read(tmp_path / "run" / "figures.jsonl")] == ["images", "run"]
+
+
+def test_images_of_one_name_in_other_folders_are_other_models(tmp_path):
+    """In one file, by --to.  Mutations: grouped by name alone, where the last one counts; both shown by it alone."""
+    path = tmp_path / "lines.jsonl"
+    places = [tmp_path / place / "images" for place in ("a/x", "b/x", "b/y")]
+    rows = [figures("", k, images="images", folder=str(place)) for k, place in enumerate(places)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = read(path)
+    assert [line.figures["HPSv2.1@100"] for line in lines] == [0, 1, 2]
+    (table,) = tables(lines)
+    assert [row[0] for row in table.rows] == ["a/x/images", "b/x/images", "y/images"]
+    assert [row[0] for row in tables(lines[::2])[0].rows] == ["x/images", "y/images"]
+    assert [row[0] for row in tables(lines[:1])[0].rows] == ["images"]
+
+
+def test_a_run_is_one_model_whichever_file_its_lines_are_in(tmp_path):
+    """Also where a line does not say its folder, as those of scores; another run of its name is another."""
+    lines = []
+    for place in ("a", "b"):
+        run = tmp_path / place / "run"
+        run.mkdir(parents=True)
+        rows = [figures("run", 1.0, 0), figures("run", 3.0, 1, folder=str(run))]
+        (run / "figures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines += read(run / "figures.jsonl")
+    assert [(line.folder, line.seeds, line.figures["HPSv2.1@100"]) for line in lines] == [
+        (tmp_path / place / "run", 2, 2.0) for place in ("a", "b")
+    ]
+    assert [row[0] for row in tables(lines)[0].rows] == ["a/run", "b/run"]
+    assert over_trainings(lines) == lines  # two runs, and not two trainings of one
+
+
+def test_seeds_of_training_lie_beside_each_other(tmp_path):
+    """Mutation: the mean is over equal names, wherever they are."""
+    lines = [
+        Line(f"tmd-seed{seed}", 1, {"fmd": value}, 10, "a" * 64, folder=tmp_path / place / f"tmd-seed{seed}")
+        for place, seed, value in (("a", 0, 1.0), ("a", 1, 3.0), ("b", 0, 7.0), ("b", 1, 9.0))
+    ]
+    found = over_trainings(lines)
+    assert [(line.name, line.trainings, line.figures["fmd"]) for line in found] == [("tmd", 2, 2.0), ("tmd", 2, 8.0)]
+    assert [row[0] for row in tables(found)[0].rows] == ["a/tmd", "b/tmd"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_evaluations_too(tmp_path):
+    lines = []
+    for place in ("a", "b"):
+        row = {"model": "student", "steps": 1, "n": 10, "seeds": 1, "stored": False, "figures": {"fmd": 1.0}}
+        (tmp_path / place / "run").mkdir(parents=True)
+        stored = {"rows": [row | {"spread": None}], "protocol_hash": "a" * 64}
+        (tmp_path / place / "run" / "eval.json").write_text(json.dumps(stored))
+        lines += read(tmp_path / place / "run")
+    assert [row[0] for row in tables(lines)[0].rows] == ["a/run: student", "b/run: student"]

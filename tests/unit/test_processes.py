@@ -21,3 +21,13 @@ def test_shares_are_the_batches_that_one_process_has(n, batch, count):
 def test_one_process_does_all_by_itself():
     made = ALONE.gather(5, 2, lambda own: (torch.arange(own.start, own.stop),))
     assert torch.equal(made[0], torch.arange(5)) and ALONE.on_main(max, 3, 4) == 4 and ALONE.main
+
+
+def test_the_others_begin_when_the_main_one_has_done_its_work(monkeypatch):
+    """Mutation: all at once, so that each downloads what it lacks."""
+    done: list[str] = []
+    monkeypatch.setattr("torch.distributed.barrier", lambda group: done.append("wait"))
+    for rank in (0, 1):
+        Processes(rank, 2).main_first(lambda: done.append("work"))
+    assert done == ["work", "wait", "wait", "work"]
+    assert ALONE.main_first(lambda: 3) == 3

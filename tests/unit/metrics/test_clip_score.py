@@ -8,8 +8,9 @@ import torch
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from fewstep.measuring import Request
 from fewstep.metrics import clip_score as module
-from fewstep.metrics.clip_score import FASHION_CLIP, agreement, clip_score, load_clip_scorer
+from fewstep.metrics.clip_score import FASHION_CLIP, ClipScorer, agreement, clip_score, load_clip_scorer
 from fewstep.metrics.features import dequantise, file_sha256
 from fewstep.teachers.fashion_build.captions import build_tokenizer
 
@@ -223,3 +224,10 @@ def test_a_prompt_is_read_once(grey, monkeypatch):
     for _ in range(2):
         read(torch.zeros(3, 1, 8, 8), ["a bag", "a coat", "a bag"])
     assert asked == ["a bag", "a coat"]
+
+
+def test_a_measurements_clip_is_on_its_device(tmp_path, monkeypatch):
+    """Mutation: a CLIPModel stays on the CPU, whatever --device says; meta stands for a GPU."""
+    monkeypatch.setattr("fewstep.measuring.request.device_of", torch.device)
+    scorer = Request("edm-fid50k", clip=save_clip(tmp_path, 1), device="meta").scorer()
+    assert isinstance(scorer, ClipScorer) and scorer.model.device.type == "meta"

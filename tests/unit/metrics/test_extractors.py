@@ -106,8 +106,16 @@ def test_weights_of_no_known_hash_are_refused_unless_vouched_for(folders):
     with pytest.raises(ValueError, match=r"is not known here.*--sha256.*--unverified"):
         load_extractor("dinov2", weights=folders["dinov2"])
     assert load_extractor("dinov2", weights=folders["dinov2"], sha256=file_sha256(file)).verified
-    with pytest.raises(ValueError, match="should begin with abc"):
-        load_extractor("dinov2", weights=folders["dinov2"], sha256="abc")
+    with pytest.raises(ValueError, match="should begin with abcdef01"):
+        load_extractor("dinov2", weights=folders["dinov2"], sha256="abcdef01")
+
+
+@pytest.mark.parametrize("name", ["dinov2", "inception"])
+def test_an_empty_hash_is_refused_and_is_not_no_hash(folders, name):
+    """Mutation: `sha256 or known`, by which an unset variable is as good as no --sha256."""
+    weights = folders["dinov2"] / ("model.safetensors" if name == "inception" else "")
+    with pytest.raises(ValueError, match="'' is no SHA-256"):
+        load_extractor(name, weights=weights, sha256="", allow_unverified=True)
 
 
 def test_folders_are_found_by_their_published_names(folders, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from fewstep.measuring import Request, measure
-from fewstep.metrics import inception
+from fewstep.metrics import inception, open_clip_score
 from fewstep.metrics.features import file_sha256
 from fewstep.metrics.open_clip_score import CONFIG, WEIGHTS, check_open_clip, read_open_clip
 from fewstep.metrics.protocols import DMD2_CLIP, PROTOCOLS, clip_view
@@ -90,14 +90,46 @@ def test_pictures_and_prompts_must_go_together(scorer):
         scorer.cosines(pictures(2, SIDE, SIDE), ["cat"])
 
 
-def test_only_weights_of_the_given_hash_have_the_models_name(folder, scorer):
+def test_only_weights_of_the_given_hash_have_the_models_name(folder, scorer, monkeypatch):
     """Mutation: any folder's score is called ViT-g-14's."""
+    monkeypatch.setattr(open_clip_score, "_is_named", lambda config: True)
     assert scorer.figure == "CLIP[open_clip-unverified]" and not scorer.protocol["clip_verified"]
     digest = file_sha256(folder / WEIGHTS)
     assert scorer.protocol["clip_sha256"] == digest
     assert read_open_clip(folder, sha256=digest).figure == "CLIP-ViT-g-14"
-    with pytest.raises(ValueError, match=f"SHA-256 {digest}, which should begin with 00"):
-        read_open_clip(folder, sha256="00")
+    with pytest.raises(ValueError, match=f"SHA-256 {digest}, which should begin with 00000000"):
+        read_open_clip(folder, sha256="0" * 8)
+
+
+def test_what_is_no_hash_verifies_nothing(folder, monkeypatch):
+    """An unset variable gives "", with which every hash begins.  Mutation: `begins` takes any text."""
+    monkeypatch.setattr(open_clip_score, "_is_named", lambda config: True)
+    digest = file_sha256(folder / WEIGHTS)
+    for text in ("", digest[:7], digest + "0", digest.upper()):
+        with pytest.raises(ValueError, match="is no SHA-256: give the 64 hexadecimal digits"):
+            read_open_clip(folder, sha256=text)
+    assert read_open_clip(folder, sha256=digest[:8]).protocol["clip_verified"]
+
+
+def test_another_model_does_not_have_the_name_by_its_hash(folder):
+    """Mutation: the hash of any weights, which the user gives, makes them ViT-g-14's."""
+    with pytest.raises(ValueError, match=r"describes another model than ViT-g-14.*leave the hash out"):
+        read_open_clip(folder, sha256=file_sha256(folder / WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"), [("", "embed_dim", 512), ("vision_cfg", "layers", 32), ("text_cfg", "heads", 8)]
+)
+def test_the_towers_are_those_of_open_clips_own_model(tmp_path, part, name, value):
+    """open_clip's settings of ViT-g-14 pass; each with one other number does not."""
+    settings = pytest.importorskip("open_clip", reason="make oracles").get_model_config("ViT-g-14")
+    (tmp_path / WEIGHTS).touch()
+    (tmp_path / CONFIG).write_text(json.dumps({"model_cfg": settings}))
+    check_open_clip(tmp_path, "0" * 64)
+    (settings[part] if part else settings)[name] = value
+    (tmp_path / CONFIG).write_text(json.dumps({"model_cfg": settings}))
+    with pytest.raises(ValueError, match="another model"):
+        check_open_clip(tmp_path, "0" * 64)
 
 
 def test_missing_files_and_a_missing_package_are_named(tmp_path, monkeypatch):
@@ -118,6 +150,13 @@ def test_a_hash_of_nothing_is_refused(tmp_path):
     request = Request("edm-fid50k", clip=tmp_path, clip_sha256="00", device="cpu")
     with pytest.raises(ValueError, match="--clip-sha256 goes with --clip FOLDER and dmd2-coco30k or dmd2-sdxl"):
         measure(tmp_path, request)
+
+
+def test_what_is_no_hash_is_refused_before_weights_are_read(tmp_path):
+    """Mutation: only what reads the weights looks at it."""
+    for given in (Request("dmd2-coco30k", clip=tmp_path, clip_sha256=""), Request("edm-fid50k", sha256="")):
+        with pytest.raises(ValueError, match="'' is no SHA-256"):
+            measure(tmp_path, given)
 
 
 class Corners(torch.nn.Module):
