@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,10 +70,11 @@ def distill(
             return api.load_teacher(resolved.teacher, **resolved.teacher_options)
 
         trainer, _ = prepare(resolved, folder, load, resume=resume, overwrite=overwrite, console=console)
-    _run(trainer)
-    if trainer.accelerator.is_main_process:
+    code = _run(trainer)
+    if code == 0 and trainer.accelerator.is_main_process:
         after = ", ".join(f"fewstep {command} {folder}" for command in ("eval", "sample", "export"))
         say(f"done: {folder}. Next: {after} --to FOLDER")
+    _end(code, trainer.accelerator)
 
 
 @app.command()
@@ -150,25 +153,40 @@ def pairs(
     output.print(str(out), highlight=False, soft_wrap=True)
 
 
-def _run(trainer: Any) -> None:
-    """Train; a signal ends with 128 + its number, a run that cannot go on with 1, each with one message."""
+def _run(trainer: Any) -> int:
+    """Train, and return the exit code: 0, or 128 and the signal's number, with one message.
+
+    Raises typer.Exit(1), with one message, for a run that cannot go on.
+    """
     from fewstep.sampling import NotFinite
     from fewstep.training.trainer import Diverged, Interrupted
 
-    signum = 0
     try:
         trainer.run()
     except Interrupted as stop:
         say(str(stop))
-        signum = stop.signum
+        return 128 + stop.signum
     except (Diverged, NotFinite) as stop:
         say(f"error: {stop}")
         raise typer.Exit(1) from None
-    # A process that exits within its group may abort in one of gloo's threads.  All come here or none: after an error,
-    # which may be one process's alone, the launcher ends the rest.
-    trainer.accelerator.end_training()
-    if signum:
-        raise typer.Exit(128 + signum)
+    return 0
+
+
+def _end(code: int, accelerator: Any) -> None:
+    """End this process, one of several without Python's finalisation.
+
+    There a thread of gloo's may still drop a collective's tensors, for which it takes the interpreter's lock, and
+    aborts the process ("terminate called without an active exception").  Leaving the group joins those threads, but
+    for networks under FSDP, which hold it.  All processes come here or none: after an error, which may be one
+    process's alone, the launcher ends the rest.
+    """
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise typer.Exit(code)
 
 
 def _lora(rank: int | None, alpha: float | None, targets: list[str] | None) -> dict[str, Any] | None:
