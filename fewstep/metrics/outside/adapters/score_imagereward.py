@@ -6,36 +6,21 @@ Run with the package and small random networks; not yet with the real weights.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import os
-import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
+
+from fewstep_adapter import answer, device_of, one_by_one, package  # type: ignore
 
 MODEL = "ImageReward-v1.0"
 DOWNLOADED = "~/.cache/ImageReward/ImageReward.pt"
 """Where `ImageReward.load` puts it."""
 
 
-def main() -> None:
-    """Read the request, and write the answer."""
-    asked, began = json.load(sys.stdin), time.monotonic()
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
-    options, device = asked["options"], device_of(asked["device"])
-    check(options)
-    told = {"contract": 1, "metric": asked["metric"], "package": package("image-reward"), "scores": {}}
-    if asked["items"]:
-        score, checkpoint = load(options, device)
-        told["weights"] = {os.path.basename(checkpoint): sha256(checkpoint)}
-        for item in asked["items"]:
-            told["scores"][item["file"]] = score(os.path.join(asked["folder"], item["file"]), item["prompt"])
-            print(f"progress: {len(told['scores'])}/{len(asked['items'])}", file=sys.stderr)
-    told["seconds"] = time.monotonic() - began
-    with answer:
-        json.dump(told, answer)
+def scored(asked: dict) -> dict:
+    """The answer to a request."""
+    device = device_of(asked["device"])
+    check(asked["options"])
+    return {"package": package("image-reward"), **one_by_one(asked, load, device)}
 
 
 def check(options: dict) -> None:
@@ -60,32 +45,5 @@ def load(options: dict, device: str) -> tuple:
     return score, checkpoint or os.path.expanduser(DOWNLOADED)
 
 
-def device_of(name: str) -> str:
-    """cuda or cpu; auto is cuda if there is one.  Raises ValueError for cuda where there is none."""
-    import torch
-
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ValueError("device 'cuda' is not available to torch in this environment; usable: auto, cpu")
-    return "cuda" if found and name != "cpu" else "cpu"
-
-
-def package(name: str) -> str | None:
-    """Name and version; None for a package that was not installed but lies on the path."""
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return None
-
-
-def sha256(path: str) -> str:
-    """Of a file, a mebibyte at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 if __name__ == "__main__":
-    main()
+    answer(scored)

@@ -14,8 +14,8 @@ import json
 import os
 import sys
 import tempfile
-import time
-from importlib.metadata import PackageNotFoundError, version
+
+from fewstep_adapter import answer, device_of, package  # type: ignore
 
 DIMENSIONS = (
     "subject_consistency",
@@ -37,11 +37,8 @@ DIMENSIONS = (
 )
 
 
-def main() -> None:
-    """Read the request, and write the answer."""
-    asked, began = json.load(sys.stdin), time.monotonic()
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print, and the downloads that the package starts
+def scored(asked: dict) -> dict:
+    """The answer to a request."""
     if "results" in asked["options"]:
         found = {}
         for path in asked["options"]["results"].split(","):
@@ -55,11 +52,8 @@ def main() -> None:
     for dimension, (_, videos) in found.items():
         for video in videos:
             scores.setdefault(os.path.basename(video["video_path"]), {})[dimension] = float(video["video_results"])
-    told = {"contract": 1, "metric": asked["metric"], "scores": scores, "seconds": time.monotonic() - began}
-    told["figures"] = {dimension: float(figure) for dimension, (figure, _) in found.items()}
-    told["package"] = package("vbench")
-    with answer:
-        json.dump(told, answer)
+    figures = {dimension: float(figure) for dimension, (figure, _) in found.items()}
+    return {"scores": scores, "figures": figures, "package": package("vbench")}
 
 
 def evaluated(asked: dict, folder: str) -> dict:
@@ -92,23 +86,5 @@ def read(path: str) -> dict:
         return json.load(file)
 
 
-def device_of(name: str) -> str:
-    """cuda or cpu; auto is cuda if there is one.  Raises ValueError for cuda where there is none."""
-    import torch
-
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ValueError("device 'cuda' is not available to torch in this environment; usable: auto, cpu")
-    return "cuda" if found and name != "cpu" else "cpu"
-
-
-def package(name: str) -> str | None:
-    """Name and version; None where only its results are."""
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return None
-
-
 if __name__ == "__main__":
-    main()
+    answer(scored)
